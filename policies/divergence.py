@@ -1,0 +1,258 @@
+"""Divergences between target `p` and draft `q`, one function per formula: log-probabilities in, one value per row out.
+
+Knows nothing of models, masks, weights or reductions: those are decided before and after. Every distribution is given
+as the target's K most likely tokens plus one tail bucket (K+1 outcomes, natural logarithms), so by the data-processing
+inequality each divergence is a lower bound of the one over the full vocabulary. `with_tail` builds that form for the
+target and `draft_with_tail` for the draft, at the target's ids.
+
+At -inf: an outcome that the weighting distribution gives no mass adds nothing (0 log 0 = 0) and gets a zero gradient;
+an outcome with mass that the other side gives none makes a KL +inf. JSD and TV are always finite. Gradients flow into
+the draft; the target is data.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+#: Probability below which the tail bucket is not resolved. Captured log-probabilities are float16 (relative step
+#: 2^-11), so the mass left over by K of them carries noise far above this; the floor only keeps the logarithm finite.
+TAIL_FLOOR = 1e-8
+
+#: Target entropy, in nats, at which `entropy_adaptive` weighs its two divergences equally, and the width of the change.
+ENTROPY_MIDPOINT_NATS = 1.0
+ENTROPY_WIDTH_NATS = 0.25
+
+
+def with_tail(logprobs: Tensor) -> Tensor:
+    """The K given log-probabilities and the log of the mass they leave over, renormalised to sum to 1.
+
+    The left-over mass is clamped below at `TAIL_FLOOR`, also where rounding made the K sum exceed 1. Renormalising
+    takes that rounding back out, so that divergences of the result are never negative. -inf (padding) stays -inf.
+
+    Args:
+      logprobs: [N, K] nats; half precision is computed in float32.
+
+    Returns: [N, K+1] nats, last column the tail.
+    Raises: ValueError: not two-dimensional.
+    """
+    _require_matrix("logprobs", logprobs)
+    logprobs = _at_least_float32(logprobs)
+    tail = (1.0 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=TAIL_FLOOR).log()
+    joined = torch.cat([logprobs, tail], dim=-1)
+    return joined - joined.logsumexp(-1, keepdim=True)
+
+
+def draft_with_tail(draft_logits: Tensor, ids: Tensor) -> Tensor:
+    """The draft's log-probabilities at the target's K ids, and the log of the mass of all its other tokens.
+
+    The tail is a log-sum-exp over the other logits, not `1 - sum`: the difference would cancel, and clamping it would
+    cut the gradient exactly where the draft wrongly leaves the tail nothing. Only a tail without any token (K = V, or
+    all others at -inf) takes the value log `TAIL_FLOOR`. Costs one more [N, V] buffer.
+
+    Args:
+      draft_logits: [N, V], any dtype; computed in float32 at least.
+      ids: [N, K] integers, distinct within a row.
+
+    Returns: [N, K+1] nats, differentiable in `draft_logits`.
+    Raises: ValueError: not two-dimensional, or another number of rows.
+    """
+    _require_matrix("draft_logits", draft_logits)
+    _require_matrix("ids", ids)
+    if ids.shape[0] != draft_logits.shape[0]:
+        raise ValueError(f"ids ({ids.shape[0]} rows) must have as many rows as draft_logits ({draft_logits.shape[0]})")
+    logits = _at_least_float32(draft_logits)
+    ids = ids.long()
+    total = logits.logsumexp(-1, keepdim=True)
+    others = logits.scatter(-1, ids, -torch.inf)
+    empty = others.detach().amax(-1, keepdim=True) == -torch.inf
+    # A row without other tokens is replaced before the log-sum-exp: its gradient would be NaN even under a mask.
+    tail = others.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True) - total
+    tail = tail.masked_fill(empty, math.log(TAIL_FLOOR))
+    return torch.cat([logits.gather(-1, ids) - total, tail], dim=-1)
+
+
+def forward_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) = sum p log(p / q), in nats, at least 0; +inf where q gives nothing to an outcome of p.
+
+    The divergence of plain distillation (Hinton et al. 2015); by Pinsker, acceptance >= 1 - sqrt(KL / 2).
+
+    Args:
+      p, q: [N, M] log-probabilities.
+
+    Returns: [N].
+    Raises: ValueError: shapes differ.
+    """
+    _require_same_shape(p, q)
+    return _relative_entropy(p, q)
+
+
+def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(q || p) = sum q log(q / p), in nats, at least 0; +inf where p gives nothing to an outcome of q.
+
+    Mode-seeking: best for low-entropy targets ("Forward or reverse KL?", reference/papers.md, paper 2).
+
+    Args:
+      p, q: [N, M] log-probabilities.
+
+    Returns: [N].
+    Raises: ValueError: shapes differ.
+    """
+    _require_same_shape(p, q)
+    return _relative_entropy(q, p)
+
+
+def jensen_shannon(p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
+    """JSD_b = b KL(p || m) + (1-b) KL(q || m) with m = b p + (1-b) q, in nats; at b = 0.5 within [0, ln 2].
+
+    The generalised form of Agarwal et al. 2024 (GKD, section 2). Its curvature at p = q is b(1-b) times that of a KL,
+    so b = 0.5 gives a quarter of a KL's gradient close to the optimum.
+
+    Args:
+      p, q: [N, M] log-probabilities.
+      beta: weight of p in the mixture, strictly between 0 and 1.
+
+    Returns: [N].
+    Raises: ValueError: shapes differ, or beta outside (0, 1).
+    """
+    _require_same_shape(p, q)
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"beta ({beta}) must be strictly between 0 and 1; use forward_kl or reverse_kl for the limits")
+    present = (p > -torch.inf) | (q > -torch.inf)
+    mixture = torch.logaddexp(
+        p.masked_fill(~present, 0.0) + math.log(beta), q.masked_fill(~present, 0.0) + math.log1p(-beta)
+    )
+    return beta * _relative_entropy(p, mixture) + (1.0 - beta) * _relative_entropy(q, mixture)
+
+
+def total_variation(p: Tensor, q: Tensor) -> Tensor:
+    """TV = 1/2 sum |p - q|, within [0, 1]; 1 - TV = sum min(p, q) is the acceptance under rejection sampling.
+
+    Leviathan et al. 2023, theorem 3.5. On K+1 outcomes TV is a lower bound, so 1 - TV is an upper bound of acceptance.
+
+    Args:
+      p, q: [N, M] log-probabilities.
+
+    Returns: [N], no unit.
+    Raises: ValueError: shapes differ.
+    """
+    _require_same_shape(p, q)
+    return 0.5 * (p.exp() - q.exp()).abs().sum(-1)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """H(p) = - sum p log p, in nats, within [0, ln M]. With a tail bucket, a lower bound of the full entropy.
+
+    Args:
+      p: [N, M] log-probabilities.
+
+    Returns: [N].
+    """
+    _require_matrix("p", p)
+    present = p > -torch.inf
+    safe = p.masked_fill(~present, 0.0)
+    return -(safe.exp() * safe).masked_fill(~present, 0.0).sum(-1)
+
+
+def entropy_adaptive(
+    p: Tensor,
+    q: Tensor,
+    midpoint: float = ENTROPY_MIDPOINT_NATS,
+    width: float = ENTROPY_WIDTH_NATS,
+    beta: float = 0.5,
+) -> Tensor:
+    """(1 - w) KL(q || p) + w JSD_beta(p, q) with w = sigmoid((H(p) - midpoint) / width), in nats, at least 0.
+
+    Reverse KL where the target is sure, JSD where it is not: "Forward or reverse KL?" finds the former best on
+    low-entropy tasks and the latter on high-entropy ones, and names a divergence that adapts as future work. w is
+    smooth and strictly increasing in H(p), a constant with respect to the draft.
+
+    Args:
+      p, q: [N, M] log-probabilities.
+      midpoint: entropy in nats at which both weigh the same.
+      width: nats over which the weight moves from 1/2 to 0.73; above 0.
+      beta: of the JSD.
+
+    Returns: [N].
+    Raises: ValueError: shapes differ, width not positive, beta outside (0, 1).
+    """
+    _require_same_shape(p, q)
+    if width <= 0.0:
+        raise ValueError(f"width ({width}) must be above 0 nats")
+    position = ((entropy(p) - midpoint) / width).detach()
+    # sigmoid(-x), not 1 - sigmoid(x): keeps its precision where the other weight is close to 1.
+    return torch.sigmoid(-position) * reverse_kl(p, q) + torch.sigmoid(position) * jensen_shannon(p, q, beta)
+
+
+def kl_tv(p: Tensor, q: Tensor, tv_weight: float = 1.0) -> Tensor:
+    """KL(p || q) + tv_weight * TV(p, q): the KL's gradient far from the target, the acceptance's own close to it.
+
+    Args:
+      p, q: [N, M] log-probabilities.
+      tv_weight: nats per unit of total variation, at least 0.
+
+    Returns: [N].
+    Raises: ValueError: shapes differ, or tv_weight negative.
+    """
+    if tv_weight < 0.0:
+        raise ValueError(f"tv_weight ({tv_weight}) must be at least 0")
+    return forward_kl(p, q) + tv_weight * total_variation(p, q)
+
+
+def cross_entropy(draft_logits: Tensor, token_ids: Tensor) -> Tensor:
+    """-log q(token), in nats: hard labels, for traffic whose target probabilities are not known.
+
+    On the target's own tokens its expectation is H(p) + KL(p || q).
+
+    Args:
+      draft_logits: [N, V], any dtype; computed in float32 at least.
+      token_ids: [N] integers.
+
+    Returns: [N].
+    Raises: ValueError: shapes do not fit.
+    """
+    _require_matrix("draft_logits", draft_logits)
+    if token_ids.shape != draft_logits.shape[:1]:
+        raise ValueError(f"token_ids {tuple(token_ids.shape)} must be [N] for draft_logits {tuple(draft_logits.shape)}")
+    return functional.cross_entropy(_at_least_float32(draft_logits), token_ids.long(), reduction="none")
+
+
+def acceptance_length_loss(accept: Tensor) -> Tensor:
+    """Minus the expected number of accepted tokens of a block: - sum_i prod_{j <= i} accept_j, within [-k, 0].
+
+    Leviathan et al. 2023, equation 1, with an acceptance per position in place of one constant.
+
+    Args:
+      accept: [B, k] acceptance probability at each depth given that it is reached, in [0, 1]; differentiable.
+
+    Returns: [B] tokens.
+    Raises: ValueError: not two-dimensional.
+    """
+    _require_matrix("accept", accept)
+    return -accept.cumprod(-1).sum(-1)
+
+
+def _relative_entropy(weights: Tensor, other: Tensor) -> Tensor:
+    """Sum over outcomes of exp(weights) (weights - other), where one without weight adds 0 and has gradient 0."""
+    present = weights > -torch.inf
+    safe = weights.masked_fill(~present, 0.0)
+    terms = safe.exp() * (safe - other.masked_fill(~present, 0.0))
+    return terms.masked_fill(~present, 0.0).sum(-1)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _require_matrix(name: str, value: Tensor) -> None:
+    if value.ndim != 2:
+        raise ValueError(f"{name} {tuple(value.shape)} must be two-dimensional; flatten batch and time first")
+
+
+def _require_same_shape(p: Tensor, q: Tensor) -> None:
+    _require_matrix("p", p)
+    if p.shape != q.shape:
+        raise ValueError(f"p {tuple(p.shape)} and q {tuple(q.shape)} must have one shape; apply with_tail to both")
