@@ -1,0 +1,56 @@
+"""Errors of the checkpoint store and the swap.
+
+    CheckpointError
+    |- IncompatibleCheckpoint    an intact checkpoint, but not one for this draft
+    |- CorruptCheckpoint         the bytes, the manifest or the values are damaged
+    |- CheckpointNotFound        the version does not exist, or there is nothing to roll back to
+    `- StoreUnavailable          the folder cannot be read or written, or another writer holds its lock
+
+A refusal carries `reason`, one slug of `Reason`, for the counter of refused swaps; the message names the value, the
+rule and the remedy.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Reason = Literal[
+    "base",  # trained on another base draft
+    "tokenizer",  # trained with another vocabulary
+    "missing",  # a tensor the draft needs is absent
+    "unexpected",  # a tensor the draft does not have
+    "shape",
+    "dtype",
+    "not_finite",  # NaN or infinity
+    "sha256",  # the bytes are not those that were published (truncated, overwritten)
+    "manifest",  # manifest.json is absent, unreadable or contradicts the tensors
+    "current",  # CURRENT names no complete version
+]
+
+
+class CheckpointError(Exception):
+    """Base of every expected failure of this package."""
+
+
+class IncompatibleCheckpoint(CheckpointError):
+    """The checkpoint is intact but was made for another base draft, vocabulary or set of trainable tensors."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
+
+
+class CorruptCheckpoint(CheckpointError):
+    """The checkpoint's bytes, manifest or values are damaged; nothing of it may reach a model."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
+
+
+class CheckpointNotFound(CheckpointError):
+    """The store holds no such version, or nothing earlier to roll back to."""
+
+
+class StoreUnavailable(CheckpointError):
+    """The store's folder cannot be read or written, or another process holds the writer lock for too long."""
