@@ -1,0 +1,89 @@
+"""Errors of the daemon, each with the exit code its command ends with.
+
+    AdaptdError (1)
+    |- ConfigError (78)            a setting is unknown, of the wrong type or out of range
+    |- VocabularyMismatch (78)     target and draft do not share one vocabulary
+    |- StateDirError (78)          state_dir cannot be created or written
+    |- RequestRefused (1)          a request that cannot be served; carries the HTTP status and the OpenAI error type
+    |  |- ContextLengthExceeded    prompt and answer do not fit the context (400)
+    |  |- UnknownModel             (404)
+    |  `- Overloaded               the queue is full (503, retryable)
+    |- DecoderStopped (75)         the decoder that held the request died or is closing; retry (503)
+    `- DaemonUnavailable (69)      no daemon answers at the address
+
+Leaf packages have their own trees: `buffers.errors.ReplayError`, `checkpoints.errors.CheckpointError`.
+"""
+
+from __future__ import annotations
+
+
+class AdaptdError(Exception):
+    """Base of every expected failure; the command line prints its message in one line and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(AdaptdError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+    exit_code = 78
+
+
+class VocabularyMismatch(AdaptdError):
+    """Target and draft do not share one vocabulary, so a draft token would mean another word to the target."""
+
+    exit_code = 78
+
+
+class StateDirError(AdaptdError):
+    """`state_dir` cannot be created or written."""
+
+    exit_code = 78
+
+
+class RequestRefused(AdaptdError):
+    """A request that cannot be served as sent; `status` is the HTTP status, `type` and `code` the OpenAI error fields."""
+
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+    #: Seconds after which a retry makes sense, for the Retry-After header; None where a retry cannot help.
+    retry_after_s: int | None = None
+
+
+class ContextLengthExceeded(RequestRefused):
+    """Prompt and answer do not fit the context of the models."""
+
+    code = "context_length_exceeded"
+
+
+class UnknownModel(RequestRefused):
+    """The request names a model that this daemon does not serve."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class Overloaded(RequestRefused):
+    """The queue is full or the daemon is draining; the client should retry."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "overloaded"
+    retry_after_s = 1
+
+
+class DecoderStopped(RequestRefused):
+    """The decoder that held the request died or is closing before the answer was complete; the client should retry."""
+
+    exit_code = 75
+    status = 503
+    type = "server_error"
+    code = "decoder_stopped"
+    retry_after_s = 1
+
+
+class DaemonUnavailable(AdaptdError):
+    """No daemon answers at the configured address."""
+
+    exit_code = 69

@@ -1,0 +1,1 @@
+"""Target and draft models: loading, and the learned parts that adapt a draft (LoRA, private expert, output head)."""

@@ -1,0 +1,105 @@
+"""The serving form of the private expert: shared and private FFN as one wide FFN, gate included.
+
+One matrix holds, by rows, the first projections of shared and private, the second ones if the base is a gated unit,
+and the gate's direction; another holds both projections back, by columns. The gates scale the intermediate activations,
+which is the same as scaling the outputs. Two matrix products a layer, one fewer than a gated-unit base alone.
+
+The base FFN's weights become views of these matrices: no memory is held twice, and a LoRA on the base FFN that writes
+its merged weights in place writes here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from adaptd.models.layers import Ffn, bias_of, weight_of
+from adaptd.models.private_expert import ExpertTensors, PrivateExperts, gate_direction
+
+
+class FusedExperts(PrivateExperts):
+    """The serving form: each FFN module is replaced by a `FusedExpertFfn`."""
+
+    def __init__(self, model: PreTrainedModel, ffns: list[Ffn], width: int, gated: bool) -> None:
+        super().__init__(ffns, width, gated)
+        self._fused: list[FusedExpertFfn] = []
+        for ffn in ffns:
+            fused = FusedExpertFfn(ffn, self.experts[ffn.name])
+            self._fused.append(fused)
+            model.set_submodule(ffn.name, fused)
+
+    def refresh(self) -> None:
+        """Copy the learned tensors into the wide matrices."""
+        for fused in self._fused:
+            fused.refresh()
+
+
+class FusedExpertFfn(nn.Module):
+    """Shared and private FFN, hidden H, intermediate I, width w: [..., H] to [..., H], in the base's precision."""
+
+    inner: Tensor
+    inner_bias: Tensor | None
+    outer: Tensor
+    outer_bias: Tensor | None
+    sign: Tensor
+
+    def __init__(self, ffn: Ffn, expert: ExpertTensors) -> None:
+        super().__init__()
+        self._expert = expert
+        self._activation = ffn.activation
+        self._intermediate = ffn.intermediate
+        self._wide = ffn.intermediate + expert.down.shape[1]
+        self._sizes = [self._wide] * len(ffn.inner) + ([1] if expert.gate is not None else [])
+        like = weight_of(ffn.layer(ffn.outer))
+        biases = [bias_of(ffn.layer(name)) for name in ffn.inner]
+        self.register_buffer("inner", like.new_zeros(sum(self._sizes), ffn.hidden), persistent=False)
+        self.register_buffer("outer", like.new_zeros(ffn.hidden, self._wide), persistent=False)
+        has_bias = any(bias is not None for bias in biases)
+        self.register_buffer("inner_bias", like.new_zeros(sum(self._sizes)) if has_bias else None, persistent=False)
+        self.register_buffer("outer_bias", bias_of(ffn.layer(ffn.outer)), persistent=False)
+        # +1 for shared activations, -1 for private ones: the gates are 1 + sign * tanh(...).
+        sign = like.new_ones(self._wide)
+        sign[self._intermediate :] = -1
+        self.register_buffer("sign", sign, persistent=False)
+
+        for index, (name, bias) in enumerate(zip(ffn.inner, biases, strict=True)):
+            rows = slice(index * self._wide, index * self._wide + self._intermediate)
+            _become_view(ffn.layer(name), self.inner[rows])
+            if bias is not None and self.inner_bias is not None:
+                self.inner_bias[rows] = bias
+        _become_view(ffn.layer(ffn.outer), self.outer[:, : self._intermediate])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """h' of `adaptd.models.private_expert`."""
+        units = torch.split(functional.linear(x, self.inner, self.inner_bias), self._sizes, -1)
+        active: Tensor = self._activation(units[0])
+        if self._expert.gate is None:
+            if len(units) == 2:
+                active = active * units[1]
+            return functional.linear(active, self.outer, self.outer_bias)
+        if len(units) == 3:
+            active = active * units[1]
+        tilt = torch.tanh(units[-1])
+        active = torch.addcmul(active, active * tilt, self.sign)
+        out = functional.linear(active, self.outer, self.outer_bias)
+        # The bias belongs to the shared FFN's output and is scaled with it.
+        return out if self.outer_bias is None else torch.addcmul(out, tilt, self.outer_bias)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the expert's tensors into their rows and columns."""
+        shared, wide = self._intermediate, self._wide
+        for index, rows in enumerate(self._expert.up.chunk(self.inner.shape[0] // wide)):
+            self.inner[index * wide + shared : (index + 1) * wide].copy_(rows)
+        self.outer[:, shared:].copy_(self._expert.down)
+        if self._expert.gate is not None:
+            self.inner[-1:].copy_(gate_direction(self._expert.gate))
+
+
+def _become_view(layer: nn.Module, place: Tensor) -> None:
+    """Move a layer's weight into `place` [out, in], a part of a wider matrix, and let the layer refer to it."""
+    place.copy_(weight_of(layer))
+    layer.get_parameter("weight").data = place.T if isinstance(layer, Conv1D) else place

@@ -1,0 +1,136 @@
+"""A low-rank correction of the output head: logits = lm_head(h) + up (down h) + b.
+
+Hidden size H, rank r, vocabulary size N. `up` [N, r] and b [N] start at zero, `down` [r, H] random. With tied
+embeddings the head's weight is the embedding; the correction is added beside it, so the embedding is never touched.
+
+Tensors: `<head>.low_rank.down.weight`, `<head>.low_rank.up.weight`, `<head>.low_rank.bias`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from adaptd.errors import ConfigError
+from adaptd.models.part import Part, learned
+
+#: Rows of the head merged at a time: bounds the float32 temporary for vocabularies of 150,000 and more.
+_MERGE_ROWS = 16384
+
+
+class HeadCorrection(Part):
+    """The tensors of the correction; a subclass says how it acts."""
+
+    def __init__(self, name: str, head: nn.Linear, rank: int, with_bias: bool) -> None:
+        super().__init__()
+        device = head.weight.device
+        self._name = name
+        self.down = self.add(
+            f"{name}.low_rank.down.weight", learned(rank, head.in_features, device=device), random=True
+        )
+        self.up = self.add(f"{name}.low_rank.up.weight", learned(head.out_features, rank, device=device))
+        bias = learned(head.out_features, device=device) if with_bias else None
+        self.bias = bias if bias is None else self.add(f"{name}.low_rank.bias", bias)
+
+    def fold_into(self, state: dict[str, Tensor], config: Any) -> None:
+        """Merge up down into an untied head.
+
+        Raises:
+          ConfigError: there is a bias, which a causal LM's head has no place for.
+        """
+        key = f"{self._name}.weight"
+        if self.bias is not None and f"{self._name}.bias" not in state:
+            raise ConfigError(
+                "the output head's learned bias has no place in a plain model: adapt with head_bias: false, or "
+                "head_rank: 0 where the engine shares the head with the target"
+            )
+        merged = torch.empty_like(state[key])
+        merge(merged, state[key], self.up, self.down)
+        state[key] = merged
+        if self.bias is not None:
+            bias = state[f"{self._name}.bias"]
+            state[f"{self._name}.bias"] = (bias.float() + self.bias).to(bias.dtype)
+        # A corrected head shares nothing with the embedding any more.
+        config.tie_word_embeddings = False
+
+
+class TrainedHead(HeadCorrection):
+    """The training form: the head is replaced by a `LowRankHead` around it."""
+
+    def __init__(self, model: PreTrainedModel, name: str, rank: int, with_bias: bool) -> None:
+        head = _linear(model, name)
+        super().__init__(name, head, rank, with_bias)
+        model.set_submodule(name, LowRankHead(head, self.down, self.up, self.bias))
+        _untie(model)
+
+    def refresh(self) -> None:
+        """Nothing to do: the correction acts in the forward pass."""
+
+
+class LowRankHead(nn.Module):
+    """[..., H] to logits [..., N] in float32, whatever the base's precision: losses on rounded logits are noisy."""
+
+    def __init__(self, base: nn.Linear, down: nn.Parameter, up: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up, self.bias = down, up, bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The base head's weight, where Hugging Face code expects it."""
+        return self.base.weight
+
+    def forward(self, h: Tensor) -> Tensor:
+        """lm_head(h) + up (down h) + b."""
+        logits = self.base(h).float()
+        low = functional.linear(h.float(), self.down)
+        # Accumulated by the matrix product itself: [.., N] is the widest tensor of a step and costs memory traffic.
+        total = torch.addmm(logits.flatten(0, -2), low.flatten(0, -2), self.up.T).view_as(logits)
+        return total if self.bias is None else total + self.bias
+
+
+class MergedHead(HeadCorrection):
+    """The serving form: a head with its own weight [N, H], W + up down, and bias; the cost of the base."""
+
+    def __init__(self, model: PreTrainedModel, name: str, rank: int, with_bias: bool) -> None:
+        head = _linear(model, name)
+        super().__init__(name, head, rank, with_bias)
+        self._pristine = head.weight.detach()
+        self._pristine_bias = None if head.bias is None else head.bias.detach()
+        has_bias = with_bias or head.bias is not None
+        self._live = nn.Linear(head.in_features, head.out_features, has_bias, head.weight.device, head.weight.dtype)
+        model.set_submodule(name, self._live.requires_grad_(False))
+        _untie(model)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recompute weight and bias from the pristine head."""
+        merge(self._live.weight, self._pristine, self.up, self.down)
+        if self._live.bias is not None:
+            base = torch.zeros_like(self.up[:, 0]) if self._pristine_bias is None else self._pristine_bias.float()
+            self._live.bias.copy_(base if self.bias is None else base + self.bias)
+
+
+@torch.no_grad()
+def merge(out: Tensor, pristine: Tensor, up: Tensor, down: Tensor) -> None:
+    """out = pristine + up down, [N, H], computed in float32 and rounded once."""
+    for start in range(0, len(up), _MERGE_ROWS):
+        rows = slice(start, start + _MERGE_ROWS)
+        out[rows].copy_(torch.addmm(pristine[rows].float(), up[rows], down))
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """What is now in the place of the head is tied to nothing: a later `tie_weights` would undo the correction."""
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
+    head = model.get_submodule(name)
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(f"the output head {name} ({type(head).__name__}) is no linear layer: set head_rank to 0")
+    return head

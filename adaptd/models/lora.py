@@ -1,0 +1,92 @@
+"""Low-rank adaptation (Hu et al., 2021) of linear layers: W' = W + (alpha / rank) B A.
+
+Training form: peft, unmerged. Serving form: one matrix a layer, the cost of the base. A [rank, in] starts random, B
+[out, rank] at zero. Tensors are named `<layer>.lora_A.weight` and `<layer>.lora_B.weight`: with the prefix
+`base_model.model.` these are the names in a peft adapter file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from adaptd.models.layers import weight_of
+from adaptd.models.part import Part, learned
+
+
+class Lora(Part):
+    """LoRA tensors of several layers; a subclass says where they act."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], rank: int, alpha: float) -> None:
+        super().__init__()
+        self._names = tuple(layers)
+        self._transposed = {name for name, layer in layers.items() if isinstance(layer, Conv1D)}
+        self._scaling = alpha / rank
+
+    def delta(self, name: str) -> Tensor:
+        """What is added to the weight [out, in] of a layer, float32."""
+        up, down = self.parameters[f"{name}.lora_B.weight"], self.parameters[f"{name}.lora_A.weight"]
+        return self._scaling * (up @ down)
+
+    def fold_into(self, state: dict[str, Tensor], config: Any) -> None:
+        """Add the deltas to the weights."""
+        for name in self._names:
+            weight, delta = state[f"{name}.weight"], self.delta(name)
+            total = weight.float() + (delta.T if name in self._transposed else delta)
+            state[f"{name}.weight"] = total.to(weight.dtype)
+
+
+class PeftLora(Lora):
+    """The training form: peft wraps the layers in place; the base weights stay frozen beside A and B."""
+
+    def __init__(self, model: PreTrainedModel, layers: Mapping[str, nn.Module], rank: int, alpha: float) -> None:
+        # Imported here: peft takes seconds to import and a decoder never needs it.
+        from peft import LoraConfig, inject_adapter_in_model
+
+        super().__init__(layers, rank, alpha)
+        inject_adapter_in_model(
+            LoraConfig(
+                r=rank,
+                lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int, used only in alpha / r
+                target_modules=list(layers),
+                fan_in_fan_out=bool(self._transposed),
+            ),
+            model,
+        )
+        for name in layers:
+            wrapper = model.get_submodule(name)
+            for matrix, random in (("lora_A", True), ("lora_B", False)):
+                linear = wrapper.get_submodule(f"{matrix}.default").float()
+                weight = linear.get_parameter("weight")
+                self.add(f"{name}.{matrix}.weight", weight, random=random)
+
+    def refresh(self) -> None:
+        """Nothing to do: A and B act in the forward pass."""
+
+
+class MergedLora(Lora):
+    """The serving form: each layer's weight becomes pristine + delta, in place, recomputed from the pristine copy."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], rank: int, alpha: float, pristine: dict[str, Tensor]) -> None:
+        """`pristine` gets the copies of the base weights under their names in the base model."""
+        super().__init__(layers, rank, alpha)
+        self._places: list[tuple[str, Tensor, Tensor]] = []
+        for name, layer in layers.items():
+            live = weight_of(layer)
+            # Cloned as stored, so that the name keeps its meaning in the base model's state.
+            stored = pristine[f"{name}.weight"] = layer.get_parameter("weight").detach().clone()
+            self._places.append((name, live, stored.T if name in self._transposed else stored))
+            rows, columns = live.shape
+            self.add(f"{name}.lora_A.weight", learned(rank, columns, device=live.device), random=True)
+            self.add(f"{name}.lora_B.weight", learned(rows, rank, device=live.device))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recompute every merged weight."""
+        for name, live, pristine in self._places:
+            live.copy_(pristine.float() + self.delta(name))
