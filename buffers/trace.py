@@ -1,0 +1,198 @@
+"""The trace: one served sequence, as the verification pass saw it. Arrays on the CPU, never pickled.
+
+Index convention, stated here and nowhere else
+----------------------------------------------
+Logits row ``t - 1`` judges token ``t``. Response position ``r`` (0-based) is token ``prompt_len + r``; it is judged by
+logits row ``prompt_len + r - 1``, of the target and of the draft alike. `Trace.judging_rows` is that sentence as an
+array; use it instead of writing the arithmetic again.
+
+Letters in shapes: T tokens in all, R = T - prompt_len response positions, K target candidates a position, C corrections
+(rejected proposals), K' draft candidates a correction, H hidden size.
+
+Two capture modes share one layout. With every position captured ``topk_ids`` has R rows, one a response position. With
+only rejected positions captured it has C rows, row c belonging to response position ``rejected_at[c]``.
+`Trace.judged_at` gives the response position of each row in both cases.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: In `Trace.rejected`: nothing was rejected at this position.
+NO_TOKEN: Final = -1
+
+
+class Source(IntEnum):
+    """How a response token came to be (`Trace.source`)."""
+
+    CORRECTION = 0  # drawn by the target after it rejected a proposal
+    ACCEPTED = 1  # proposed by the draft and accepted
+    BONUS = 2  # drawn by the target after all k proposals were accepted
+    UNKNOWN = 3  # the engine did not say
+
+
+#: Array fields in the order in which they are stored: name -> (allowed dtypes, axes).
+ARRAY_FIELDS: "Final[dict[str, tuple[tuple[np.dtype[Any], ...], str]]]" = {
+    "tokens": ((np.dtype(np.uint32),), "T"),
+    "topk_ids": ((np.dtype(np.uint32),), "PK"),
+    "topk_logprobs": ((np.dtype(np.float16),), "PK"),
+    "source": ((np.dtype(np.uint8),), "R"),
+    "rejected": ((np.dtype(np.int32),), "R"),
+    "draft_logprob": ((np.dtype(np.float16),), "R"),
+    "target_logprob": ((np.dtype(np.float16),), "R"),
+    "rejected_at": ((np.dtype(np.int32),), "C"),
+    "draft_topk_ids": ((np.dtype(np.uint32),), "CD"),
+    "draft_topk_logprobs": ((np.dtype(np.float16),), "CD"),
+    "features": ((np.dtype(np.uint16), np.dtype(np.int8)), "TH"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trace:
+    """One served sequence. Log-probabilities in nats, times in unix seconds; NaN means not known."""
+
+    tokens: NDArray[np.uint32]  # [T] prompt and response, possibly cut on the left
+    prompt_len: int  # tokens before the response, at least 1; R = T - prompt_len
+    topk_ids: NDArray[np.uint32]  # [R, K] the target's most likely tokens (or [C, K], see the module docstring)
+    topk_logprobs: NDArray[np.float16]  # same shape; temperature 1, descending
+    source: NDArray[np.uint8]  # [R] a `Source` code
+    rejected: NDArray[np.int32]  # [R] the draft token rejected at a correction, else NO_TOKEN
+    draft_logprob: NDArray[np.float16]  # [R] log q of the emitted token when it was served
+    target_logprob: NDArray[np.float16]  # [R] log p of it under the *served* p: after temperature, top-p and top-k
+    rejected_at: NDArray[np.int32]  # [C] response positions of the corrections, ascending
+    draft_topk_ids: NDArray[np.uint32]  # [C, K'] what the draft believed when it was rejected
+    draft_topk_logprobs: NDArray[np.float16]  # [C, K']
+    request_id: str
+    target_id: str  # revision of the target that judged this; traces of another one are aged out
+    draft_version: int  # checkpoint version that proposed; 0 is the base draft
+    domain: str
+    tenant: str
+    created_at: float  # unix seconds
+    temperature: float  # 0 is greedy
+    engine: str
+    reserved: bool  # kept for the gate, never trained on
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    surprise: float = 1.0  # SurpriseRatio seed of the priority, in (0, 1]
+    shift: float = math.nan  # representation shift against the anchors
+    features: NDArray[np.uint16] | NDArray[np.int8] | None = None  # [T, H] target hidden states; uint16 = bfloat16 bits
+
+    @property
+    def response_len(self) -> int:
+        """R, the number of response positions."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def response(self) -> NDArray[np.uint32]:
+        """[R] the emitted tokens."""
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def judging_rows(self) -> NDArray[np.int64]:
+        """[R] the logits row that judges each response position, of a forward pass over `tokens`."""
+        return np.arange(self.prompt_len - 1, len(self.tokens) - 1, dtype=np.int64)
+
+    @property
+    def judged_at(self) -> NDArray[np.int64]:
+        """[P] the response position each row of `topk_ids` belongs to; P is R, or C if only rejections were kept."""
+        if len(self.topk_ids) == self.response_len:
+            return np.arange(self.response_len, dtype=np.int64)
+        return self.rejected_at.astype(np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays together, without the encoding's header (about 1.5 kB)."""
+        return sum(a.nbytes for a in self.arrays().values())
+
+    def arrays(self) -> "dict[str, NDArray[Any]]":
+        """The array fields by name; `features` only where there are any."""
+        return {name: a for name in ARRAY_FIELDS if (a := getattr(self, name)) is not None}
+
+    def scalars(self) -> dict[str, Any]:
+        """The other fields by name, JSON-ready but for NaN."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ARRAY_FIELDS}
+
+    def validate(self) -> None:
+        """Raises ValueError, naming field, value and rule, if the fields contradict each other."""
+        sizes: dict[str, int] = {"T": len(self.tokens)}
+        if not 1 <= self.prompt_len < len(self.tokens):
+            raise ValueError(
+                f"prompt_len ({self.prompt_len}) must be at least 1 and less than the {len(self.tokens)} tokens: "
+                "the first response token needs a logits row before it"
+            )
+        sizes["R"] = self.response_len
+        sizes["C"] = len(self.rejected_at)
+        sizes["P"] = sizes["R"] if len(self.topk_ids) == sizes["R"] else sizes["C"]
+        for name, array in self.arrays().items():
+            dtypes, axes = ARRAY_FIELDS[name]
+            if array.dtype not in dtypes:
+                raise ValueError(f"{name} has dtype {array.dtype}; it must be {' or '.join(map(str, dtypes))}")
+            if array.ndim != len(axes):
+                raise ValueError(f"{name} has {array.ndim} axes; it must have {len(axes)}")
+            for axis, size in zip(axes, array.shape, strict=True):
+                if sizes.setdefault(axis, size) != size:
+                    raise ValueError(f"{name} has shape {array.shape}; axis {axis} must be {sizes[axis]}")
+        self._validate_contents(sizes["R"])
+
+    def _validate_contents(self, n_response: int) -> None:
+        at = self.rejected_at
+        if len(at) and (at[0] < 0 or at[-1] >= n_response or np.any(at[1:] <= at[:-1])):
+            raise ValueError(f"rejected_at must be ascending response positions below {n_response}")
+        if len(at) and np.any(self.rejected[at] == NO_TOKEN):
+            raise ValueError("rejected must name the rejected draft token at every position of rejected_at")
+        if np.any(self.source > max(Source)):
+            raise ValueError(f"source ({int(self.source.max())}) must be a Source code, at most {int(max(Source))}")
+        for name in ("created_at", "temperature", "top_p"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} ({getattr(self, name)}) must be finite")
+        if math.isinf(self.shift):
+            raise ValueError(f"shift ({self.shift}) must be finite, or NaN where it is not known")
+        if not 0.0 < self.surprise <= 1.0:
+            raise ValueError(f"surprise ({self.surprise}) must lie in (0, 1]")
+
+    def truncate_left(self, max_tokens: int) -> "Trace":
+        """This trace with at most `max_tokens` tokens, the latest ones; itself if it is short enough.
+
+        At least one token stays in front of the response as context. If the cut falls inside the response, the
+        positions before it are dropped from every array and the last token cut off becomes that context's start.
+        Raises ValueError if `max_tokens` is below 2.
+        """
+        if max_tokens < 2:
+            raise ValueError(f"max_tokens ({max_tokens}) must be at least 2: one of context and one of response")
+        cut = len(self.tokens) - max_tokens
+        if cut <= 0:
+            return self
+        lost = max(0, cut + 1 - self.prompt_len)  # response positions without a context token in front of them
+        kept = self.rejected_at >= lost
+        rows = kept if len(self.topk_ids) != self.response_len else np.arange(self.response_len) >= lost
+        return replace(
+            self,
+            tokens=self.tokens[cut:],
+            prompt_len=self.prompt_len + lost - cut,
+            topk_ids=self.topk_ids[rows],
+            topk_logprobs=self.topk_logprobs[rows],
+            source=self.source[lost:],
+            rejected=self.rejected[lost:],
+            draft_logprob=self.draft_logprob[lost:],
+            target_logprob=self.target_logprob[lost:],
+            rejected_at=self.rejected_at[kept] - np.int32(lost),
+            draft_topk_ids=self.draft_topk_ids[kept],
+            draft_topk_logprobs=self.draft_topk_logprobs[kept],
+            features=None if self.features is None else self.features[cut:],
+        )
+
+
+def is_reserved(request_id: str, share: float) -> bool:
+    """Whether this request is kept for the gate: a fixed hash of its id falls into the first `share` of [0, 1).
+
+    The same id gives the same answer in every process and on every day. Raises ValueError if `share` is outside [0, 1].
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"share ({share}) must lie in [0, 1]")
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8, person=b"adaptd-reserve").digest()
+    return int.from_bytes(digest, "big") < share * 2**64
