@@ -1,0 +1,361 @@
+"""Configuration: frozen sections with defaults that run the pocket pair, a YAML file, the environment, `--set`.
+
+Precedence, weakest first: defaults, `--config FILE`, `ADAPTD_SECTION__KEY` in the environment, `--set section.key=value`.
+An unknown key is an error that names the nearest one. Nothing writes into a configuration after it is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from adaptd.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class EngineConfig(_Section):
+    """The decoders."""
+
+    kind: Literal["native"] = "native"
+    """Who decodes: adaptd's own Ray decoder actors."""
+    decoders: int = Field(1, ge=1)
+    """Decoder actors."""
+    k: int = Field(4, ge=1, le=16)
+    """Tokens the draft proposes a round."""
+    max_batch: int = Field(8, ge=1)
+    """Requests decoded together by one decoder."""
+    max_length: int = Field(512, ge=16)
+    """Longest prompt and answer together, in tokens; bounded by the models' context."""
+    max_queue: int = Field(64, ge=1)
+    """Requests that may wait at one decoder; one more is answered 503."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 on CUDA, float32 on CPU."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of one decoder."""
+
+
+class ModelConfig(_Section):
+    """A model: a Hugging Face directory or name."""
+
+    model: str = "pocket"
+    """Path or name; `pocket` is the family shipped in the wheel."""
+
+
+class AdaptConfig(_Section):
+    """What of the draft may change."""
+
+    scope: Literal["private_expert", "lora", "full"] = "private_expert"
+    """`full` is the baseline of the benchmarks, not for production."""
+    width: int = Field(128, ge=1)
+    """Width of the private expert's bottleneck."""
+    gated: bool = True
+    """Softmax gate between shared and private expert; without it the pair folds into one dense FFN."""
+    lora_rank: int = Field(16, ge=0)
+    """Rank of LoRA; 0 for none (scope private_expert only)."""
+    lora_alpha: float = Field(32.0, gt=0)
+    """LoRA's delta is (lora_alpha / lora_rank) B A."""
+    lora_targets: tuple[str, ...] | None = None
+    """Layers by name; none given: attention for private_expert, every linear layer for lora."""
+    head_rank: int | None = Field(None, ge=0)
+    """Rank of the output head's correction; 0 for none; none given: 24 for private_expert, 0 for lora."""
+    head_bias: bool = True
+    """A learned bias in the output head's correction."""
+
+
+class LearnConfig(_Section):
+    """The learner."""
+
+    enabled: bool = True
+    """False serves and captures with the current draft and never learns."""
+    objective: Literal["forward_kl", "reverse_kl", "jsd", "tv", "kl_tv", "cross_entropy", "entropy_adaptive"] = (
+        "forward_kl"
+    )
+    """Divergence between target and draft, minimised at every captured position."""
+    lr: float = Field(2e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    warmup_steps: int = Field(10, ge=0)
+    """Steps over which the learning rate rises from zero."""
+    clip: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+    batch_traces: int = Field(16, ge=1)
+    """Traces a step."""
+    steps_per_tick: int = Field(8, ge=1)
+    """Optimiser steps between two gate decisions."""
+    min_new_traces: int = Field(32, ge=1)
+    """New traces that make a tick due."""
+    interval_s: float = Field(60.0, gt=0)
+    """Seconds after which a tick is due with fewer new traces."""
+    poll_s: float = Field(0.5, gt=0)
+    """Seconds between two looks at the triggers."""
+    lam: float = Field(1.0, ge=0)
+    """Share of SurpriseRatio-selected traces to one share of fresh ones."""
+    epsilon: float = Field(0.5, ge=0)
+    """Share of anchor traces to one share of fresh ones."""
+    mix_after: int = Field(4, ge=0)
+    """Steps on fresh traces alone after a drift event or a start, before the mixture."""
+    priority: Literal["surprise", "agreement", "uniform"] = "surprise"
+    """What makes a trace worth replaying."""
+    priority_exponent: float = Field(0.7, ge=0)
+    """0: uniform; 1: proportional to priority."""
+    importance_exponent: float = Field(0.5, ge=0, le=1)
+    """Correction of the sampling bias; 1: full."""
+    tau: float = Field(1.0, gt=0)
+    """Threshold of the SurpriseRatio."""
+    max_refusals: int = Field(6, ge=1)
+    """Refusals in a row after which learning restarts from the published version."""
+    max_tokens: int = Field(384, ge=16)
+    """Longest trace in a training batch, in tokens, cut on the left."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of the learner."""
+
+
+class CaptureConfig(_Section):
+    """What decoders keep of a verification."""
+
+    positions: Literal["all", "rejected"] = "all"
+    """Every response position, or corrections only."""
+    k_top: int = Field(32, ge=1, le=256)
+    """Most likely target tokens kept at each position."""
+    k_draft: int = Field(8, ge=1, le=64)
+    """Most likely draft tokens kept at a correction."""
+    max_tokens: int = Field(2048, ge=16)
+    """Longest trace, in tokens, cut on the left."""
+    reserved_share: float = Field(0.05, ge=0, le=0.5)
+    """Share of requests kept for the gate and never trained on."""
+    max_pending: int = Field(1024, ge=1)
+    """Traces waiting for the buffer; one more drops the oldest."""
+
+
+class BufferConfig(_Section):
+    """The replay buffer."""
+
+    url: str = "embedded"
+    """`embedded`, or a Redis URL (`redis://`, `rediss://`, `unix://`)."""
+    max_bytes: int = Field(256 * 2**20, ge=2**16)
+    """Budget of recent and anchor traces, in encoded bytes."""
+    reserved_max_bytes: int = Field(32 * 2**20, ge=2**16)
+    """Budget of the reserved traces, in encoded bytes."""
+    ttl_s: float = Field(7 * 86400.0, gt=0)
+    """Age at which a recent trace is dropped, in seconds."""
+    anchors: int = Field(512, ge=1)
+    """Traces in the uniform reservoir."""
+
+
+class GateConfig(_Section):
+    """What a candidate must show."""
+
+    min_gain: float = 0.0
+    """Promote only if the lower bound of the relative MAL gain is above this."""
+    max_regression: float = Field(0.02, ge=0)
+    """No domain may lose more than this, relative."""
+    min_traces: int = Field(8, ge=2)
+    """Reserved traces below which nothing is decided."""
+    max_traces: int = Field(96, ge=2)
+    """Newest reserved traces, and anchors, that a decision reads."""
+    resamples: int = Field(1000, ge=100)
+    """Bootstrap resamples."""
+    level: float = Field(0.95, gt=0.5, lt=1)
+    """Confidence of the intervals."""
+    watch: bool = True
+    """Watch live acceptance after a promotion and roll back by itself."""
+    max_drop: float = Field(0.1, ge=0, lt=1)
+    """Relative fall of live acceptance that the watch still takes for noise of its baseline."""
+
+
+class DriftConfig(_Section):
+    """Drift detection: ADWIN on acceptance, per domain."""
+
+    delta: float = Field(0.02, gt=0, lt=1)
+    """Significance of a cut."""
+
+
+class CheckpointsConfig(_Section):
+    """The checkpoint store."""
+
+    keep: int = Field(20, ge=2)
+    """Newest versions kept on disk."""
+    poll_s: float = Field(0.5, gt=0)
+    """Seconds between two looks of a decoder at CURRENT."""
+
+
+class ServerConfig(_Section):
+    """The HTTP server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(8321, ge=0, le=65535)
+    """Port; 0 takes a free one."""
+    model: str = "adaptd"
+    """Model name that clients send."""
+    admin_token: SecretStr | None = None
+    """Bearer token of the administrative routes; without one they are refused."""
+    admin_remote: bool = False
+    """Answer administrative routes to other machines too."""
+    drain_s: float = Field(20.0, ge=0)
+    """Seconds that requests in flight get after SIGTERM."""
+
+
+class RayConfig(_Section):
+    """The Ray cluster."""
+
+    address: str = "local"
+    """`local` starts a private cluster; else the address of an existing one (`auto`, `ray://...`)."""
+    decoder_cpus: float = Field(0.5, ge=0)
+    """CPU share reserved by one decoder."""
+    decoder_gpus: float = Field(0.0, ge=0)
+    """GPU share reserved by one decoder."""
+    learner_cpus: float = Field(0.5, ge=0)
+    """CPU share reserved by the learner."""
+    learner_gpus: float = Field(0.0, ge=0)
+    """GPU share reserved by the learner."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Strategy of the placement group of decoders and learner."""
+
+
+class LogConfig(_Section):
+    """Logging."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level written."""
+    style: Literal["auto", "json", "console"] = "auto"
+    """`auto`: console on a terminal, JSON otherwise."""
+
+
+class Config(BaseSettings):
+    """The whole configuration."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="ADAPTD_", env_nested_delimiter="__", extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
+
+    deployment: str = Field("default", pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Name of the deployment: the prefix of its Redis keys and its folder."""
+    state_dir: Path = Path("~/.local/state/adaptd")
+    """Where checkpoints, the learner's state and the embedded buffer live."""
+    seed: int = 0
+    """Seed of the learner's choices."""
+    engine: EngineConfig = EngineConfig()
+    target: ModelConfig = ModelConfig()
+    draft: ModelConfig = ModelConfig()
+    adapt: AdaptConfig = AdaptConfig()
+    learn: LearnConfig = LearnConfig()
+    capture: CaptureConfig = CaptureConfig()
+    buffer: BufferConfig = BufferConfig()
+    gate: GateConfig = GateConfig()
+    drift: DriftConfig = DriftConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    server: ServerConfig = ServerConfig()
+    ray: RayConfig = RayConfig()
+    log: LogConfig = LogConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what `load` passes: it merges file, environment and `--set` itself, so that every key is checked alike."""
+        return (init_settings,)
+
+    @property
+    def home(self) -> Path:
+        """Folder of this deployment under `state_dir`, with `~` resolved."""
+        return self.state_dir.expanduser() / self.deployment
+
+
+def load(path: Path | None = None, sets: Sequence[str] = (), environ: dict[str, str] | None = None) -> Config:
+    """Read the configuration.
+
+    Args:
+      path: YAML file, or None for the defaults.
+      sets: `section.key=value` strings; the value is read as YAML.
+      environ: environment to read `ADAPTD_*` from; None for none.
+
+    Raises:
+      ConfigError: the file is missing or not a mapping, or a key or value is refused; the message names key, value, rule.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read(path)
+    for name, text in (environ or {}).items():
+        if name.startswith("ADAPTD_") and "__" in name:
+            _put(values, name.removeprefix("ADAPTD_").lower().split("__"), text, name)
+        elif name in ("ADAPTD_DEPLOYMENT", "ADAPTD_STATE_DIR", "ADAPTD_SEED"):
+            values[name.removeprefix("ADAPTD_").lower()] = _value(text)
+    for item in sets:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item!r} must have the form section.key=value")
+        _put(values, key.strip().split("."), text, f"--set {key.strip()}")
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
+
+
+def settings() -> Iterator[tuple[str, str, str]]:
+    """Every setting as (dotted key, default, description), in order: the table of the README."""
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            for key, inner in section.model_fields.items():
+                yield f"{name}.{key}", str(inner.default), inner.description or ""
+        else:
+            yield name, str(field.default), field.description or ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"configuration file {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration file {path} is not valid YAML: {error}") from error
+    if not isinstance(values or {}, dict):
+        raise ConfigError(f"configuration file {path} must hold a mapping of sections")
+    return dict(values or {})
+
+
+def _value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    # YAML reads 1e-3 as a string; pydantic turns it into a float where one is wanted.
+    return value
+
+
+def _put(values: dict[str, Any], parts: list[str], text: str, origin: str) -> None:
+    node = values
+    for part in parts[:-1]:
+        inner = node.get(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{origin}: {part!r} is a value, not a section")
+        node[part] = inner = dict(inner)
+        node = inner
+    node[parts[-1]] = _value(text)
+
+
+def _explain(detail: Any) -> str:
+    dotted = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = [key for key, _, _ in settings()] + list(Config.model_fields)
+        near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.0)
+        return f"unknown configuration key {dotted!r}; the nearest is {near[0]!r}"
+    return f"configuration key {dotted!r} = {detail['input']!r}: {detail['msg']}"

@@ -1,0 +1,26 @@
+"""Catalogue of log events: `noun.past_verb`, each with the keys it carries. A test checks that no other is used."""
+
+from __future__ import annotations
+
+SERVICE_STARTED = "service.started"  # deployment, url, decoders, draft_version, buffer
+SERVICE_READY = "service.ready"  # url, seconds
+SERVICE_DRAINING = "service.draining"  # in_flight
+SERVICE_STOPPED = "service.stopped"  # seconds
+REQUEST_FINISHED = "request.finished"  # request_id, domain, tokens, rounds, mal, draft_version, finish_reason, seconds
+REQUEST_REFUSED = "request.refused"  # status, code
+REQUEST_FAILED = "request.failed"  # request_id, error
+DECODER_LOST = "decoder.lost"  # decoder, error
+DRIFT_DETECTED = "drift.detected"  # domain, before, after, direction
+LEARNER_TICKED = "learner.ticked"  # reason, steps, loss, seconds, tokens_per_s, verdict
+LEARNER_SKIPPED = "learner.skipped"  # reason
+LEARNER_RESTARTED = "learner.restarted"  # reason, version
+LEARNER_LOST = "learner.lost"  # error
+CANDIDATE_PROMOTED = "candidate.promoted"  # version, gain, low, high
+CANDIDATE_REJECTED = "candidate.rejected"  # reason, gain, low, high
+DRAFT_SWAPPED = "draft.swapped"  # decoder, version, pause_s, bytes
+DRAFT_SWAP_REFUSED = "draft.swap_refused"  # decoder, version, reason, error
+DRAFT_ROLLED_BACK = "draft.rolled_back"  # version, reason
+BUFFER_UNAVAILABLE = "buffer.unavailable"  # error
+BUFFER_RECOVERED = "buffer.recovered"  # down_s
+
+CATALOGUE = frozenset(value for name, value in list(globals().items()) if name.isupper() and isinstance(value, str))

@@ -1,0 +1,96 @@
+"""Traces to padded tensors: one forward over whole sequences, with the rows that carry a captured target distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from buffers.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B traces, right-padded to T tokens, with their N captured response positions flattened in trace order."""
+
+    input_ids: Tensor
+    """[B, T] int64. Causal attention makes right padding invisible to real tokens, so no mask is needed."""
+    row: Tensor
+    """[N] int64, trace of each position."""
+    column: Tensor
+    """[N] int64, the logits row that judges it (`Trace.judging_rows`)."""
+    token_ids: Tensor
+    """[N] int64, the token that was emitted there."""
+    judged: Tensor
+    """[M] int64, the positions (indices into N) whose target distribution was captured: all, or corrections only."""
+    topk_ids: Tensor
+    """[M, K] int64, the target's most likely tokens."""
+    topk_logprobs: Tensor
+    """[M, K] float32 nats, descending, temperature 1."""
+    target_logprob: Tensor
+    """[N] float32 nats of the emitted token under the served target distribution; NaN where unknown."""
+    lengths: tuple[int, ...]
+    """Positions of each trace; sums to N."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the forward pass, padding included."""
+        return self.input_ids.numel()
+
+
+def collate(traces: Sequence[Trace], max_tokens: int, device: torch.device | str = "cpu") -> Batch:
+    """Pad traces to one batch; a trace longer than `max_tokens` loses tokens (and positions) on the left.
+
+    Raises:
+      ValueError: no traces.
+    """
+    if not traces:
+        raise ValueError("traces must hold at least one trace")
+    depth = min(t.topk_ids.shape[1] for t in traces)
+    cuts = [max(0, len(t.tokens) - max_tokens) for t in traces]
+    width = max(len(t.tokens) - cut for t, cut in zip(traces, cuts, strict=True))
+    ids = np.zeros((len(traces), width), dtype=np.int64)
+    rows, columns, tokens, judged, topk, logprobs, served = [], [], [], [], [], [], []
+    lengths: list[int] = []
+    for i, (trace, cut) in enumerate(zip(traces, cuts, strict=True)):
+        kept = trace.tokens[cut:]
+        ids[i, : len(kept)] = kept
+        # Positions judged by a logits row that was cut away are dropped.
+        first = max(0, cut + 1 - trace.prompt_len)
+        column = trace.judging_rows[first:] - cut
+        rows.append(np.full(len(column), i))
+        columns.append(column)
+        tokens.append(kept[column + 1])
+        known = trace.judged_at >= first
+        judged.append(trace.judged_at[known] - first + sum(lengths))
+        topk.append(trace.topk_ids[known, :depth])
+        logprobs.append(trace.topk_logprobs[known, :depth])
+        served.append(trace.target_logprob[first:])
+        lengths.append(len(column))
+
+    def tensor(parts: Sequence[np.ndarray], dtype: type) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(dtype)).to(device)
+
+    return Batch(
+        input_ids=torch.from_numpy(ids).to(device),
+        row=tensor(rows, np.int64),
+        column=tensor(columns, np.int64),
+        token_ids=tensor(tokens, np.int64),
+        judged=tensor(judged, np.int64),
+        topk_ids=tensor(topk, np.int64),
+        topk_logprobs=tensor(logprobs, np.float32),
+        target_logprob=tensor(served, np.float32),
+        lengths=tuple(lengths),
+    )
+
+
+def draft_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The draft's logits at every captured position, [N, V] float32, from one forward pass."""
+    columns, inverse = torch.unique(batch.column, return_inverse=True)
+    # Only columns that some trace needs go through the output head, the dearest part of a small draft.
+    logits = model(input_ids=batch.input_ids, logits_to_keep=columns, use_cache=False).logits
+    kept: Tensor = logits[batch.row, inverse].float()
+    return kept

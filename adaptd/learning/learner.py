@@ -1,0 +1,189 @@
+"""One optimiser over the draft's private tensors: a step turns sampled traces into a smaller divergence and new priorities."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adaptd.learning.batch import collate, draft_logits
+from buffers.table import ReplaySample
+from policies.divergence import draft_with_tail, with_tail
+from policies.objectives import compute_objective
+from policies.surprise import Mode, surprise_priority, surprise_ratio
+
+#: Draft probabilities averaged in the SurpriseRatio's denominator.
+_SURPRISE_TOP = 8
+
+
+class Adapted(Protocol):
+    """What the learner needs of a draft: `adaptd.models.scope.AdaptedDraft` has it."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The draft, Hugging Face forward."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The only tensors that may change, by name."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of them."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values in place; an empty mapping means day 0."""
+
+    def prove_frozen(self) -> None:
+        """Raise if anything else requires gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step did."""
+
+    loss: float
+    """Mean divergence of the batch, nats per position; NaN when skipped."""
+    skipped: bool
+    """The loss or a gradient was not finite: nothing was changed."""
+    tokens: int
+    positions: int
+    seconds: float
+    priorities: dict[int, float] = field(default_factory=dict)
+
+
+class DraftLearner:
+    """AdamW on the trainable tensors of one adapted draft; owns nothing else.
+
+    Args:
+      draft: the training instance.
+      objective: name in `policies.objectives.OBJECTIVES`.
+      lr: peak learning rate; rises linearly over `warmup_steps`.
+      weight_decay: decoupled.
+      clip: largest gradient norm.
+      max_tokens: longest sequence in a batch.
+      priority: mode of the SurpriseRatio; tau: its threshold.
+    """
+
+    #: Keyword arguments of the constructor, the names of section `learn` of the configuration.
+    OPTIONS = ("objective", "lr", "weight_decay", "warmup_steps", "clip", "max_tokens", "priority", "tau")
+
+    def __init__(
+        self,
+        draft: Adapted,
+        *,
+        objective: str,
+        lr: float,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        clip: float = 1.0,
+        max_tokens: int = 384,
+        priority: Mode = "surprise",
+        tau: float = 1.0,
+    ) -> None:
+        draft.prove_frozen()
+        self.draft = draft
+        self._objective, self._lr, self._warmup, self._clip = objective, lr, warmup_steps, clip
+        self._max_tokens, self._priority, self._tau = max_tokens, priority, tau
+        self._weight_decay = weight_decay
+        self._parameters = draft.trainable()
+        self.steps = 0
+        self.skipped_in_a_row = 0
+        self._new_optimiser()
+
+    def _new_optimiser(self) -> None:
+        self._optimiser = torch.optim.AdamW(
+            self._parameters.values(), lr=self._lr, weight_decay=self._weight_decay, betas=(0.9, 0.98)
+        )
+        self._since_restart = 0
+
+    def step(self, samples: Sequence[ReplaySample], weights: np.ndarray | None = None) -> StepReport:
+        """One update on `samples`; `weights` [len(samples)] multiply each trace's positions (importance weights)."""
+        started = time.perf_counter()
+        device = next(iter(self._parameters.values())).device
+        batch = collate([s.trace for s in samples], self._max_tokens, device)
+        logits = draft_logits(self.draft.model, batch)
+        divergence = compute_objective(
+            self._objective,
+            p=with_tail(batch.topk_logprobs),
+            q=draft_with_tail(logits[batch.judged], batch.topk_ids),
+            draft_logits=logits[batch.judged],
+            token_ids=batch.token_ids[batch.judged],
+        )
+        per_trace = torch.ones(len(samples)) if weights is None else torch.from_numpy(np.asarray(weights)).float()
+        weight = per_trace.to(device)[batch.row[batch.judged]]
+        loss = (divergence * weight).sum() / weight.sum()
+        applied = bool(torch.isfinite(loss)) and self._apply(loss)
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        return StepReport(
+            loss=loss.item() if applied else math.nan,
+            skipped=not applied,
+            tokens=batch.tokens,
+            positions=len(batch.judged),
+            seconds=time.perf_counter() - started,
+            priorities=self._priorities(samples, logits.detach(), batch.token_ids, batch.lengths) if applied else {},
+        )
+
+    def _apply(self, loss: Tensor) -> bool:
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._clip)
+        if not bool(torch.isfinite(norm)):
+            self._optimiser.zero_grad(set_to_none=True)
+            return False
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._lr * min(1.0, (self._since_restart + 1) / max(1, self._warmup))
+        self._optimiser.step()
+        self.steps += 1
+        self._since_restart += 1
+        return True
+
+    def _priorities(
+        self, samples: Sequence[ReplaySample], logits: Tensor, token_ids: Tensor, lengths: Sequence[int]
+    ) -> dict[int, float]:
+        logprobs = logits.log_softmax(-1)
+        token = logprobs.gather(-1, token_ids[:, None])[:, 0].numpy(force=True)
+        top = logprobs.topk(_SURPRISE_TOP, dim=-1).values.numpy(force=True)
+        ratios = np.split(surprise_ratio(token, top), np.cumsum(lengths)[:-1])
+        return {
+            s.info.key: surprise_priority(r, self._priority, self._tau)
+            for s, r in zip(samples, ratios, strict=True)
+            if len(r)
+        }
+
+    def restart(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go back to `tensors` (empty: day 0) with a fresh optimiser and a new warm-up."""
+        self.draft.load(tensors)
+        self._new_optimiser()
+        self.skipped_in_a_row = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, moments and counters as flat tensors, ready for safetensors."""
+        tensors = {f"weight/{name}": t for name, t in self.draft.state().items()}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimiser.state.get(parameter, {}).items():
+                tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().clone()
+        return tensors | {"steps": torch.tensor([self.steps, self._since_restart])}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state` gave.
+
+        Raises:
+          ValueError: the tensors belong to other parameters than this learner trains.
+        """
+        weights = {n.removeprefix("weight/"): t for n, t in tensors.items() if n.startswith("weight/")}
+        if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in self._parameters.items()}:
+            raise ValueError("the saved learner state belongs to another adaptation scope; delete it to start afresh")
+        self.draft.load(weights)
+        self._new_optimiser()
+        for name, parameter in self._parameters.items():
+            moments = {
+                k: tensors[f"{k}/{name}"].clone() for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors
+            }
+            if moments:
+                self._optimiser.state[parameter] = moments
+        self.steps, self._since_restart = (int(v) for v in tensors["steps"])

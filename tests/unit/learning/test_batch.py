@@ -1,0 +1,41 @@
+"""Index arithmetic of a batch: which logits row meets which token and which captured distribution."""
+
+import numpy as np
+import pytest
+import torch
+
+from adaptd.learning.batch import collate
+from buffers.synthetic import synthetic_trace
+
+
+def test_each_position_meets_its_token_and_the_row_before_it() -> None:
+    """Off by one here trains the draft on the wrong token and nothing fails: acceptance just never rises."""
+    traces = [synthetic_trace(np.random.default_rng(i), n_response=5 + i) for i in range(3)]
+    batch = collate(traces, max_tokens=10**6)
+    start = 0
+    for i, trace in enumerate(traces):
+        rows = slice(start, start + trace.response_len)
+        start += trace.response_len
+        assert batch.row[rows].tolist() == [i] * trace.response_len
+        assert batch.column[rows].tolist() == list(range(trace.prompt_len - 1, len(trace.tokens) - 1))
+        assert batch.token_ids[rows].tolist() == trace.tokens[trace.prompt_len :].tolist()
+        assert batch.topk_ids[rows, 0].tolist() == trace.topk_ids[:, 0].tolist()
+        assert batch.input_ids[i, : len(trace.tokens)].tolist() == trace.tokens.tolist()
+    assert start == len(batch.token_ids) == sum(batch.lengths)
+
+
+@pytest.mark.parametrize("max_tokens", [4, 9, 18, 30])
+def test_a_trace_cut_on_the_left_keeps_only_positions_whose_row_is_left(max_tokens: int) -> None:
+    trace = synthetic_trace(np.random.default_rng(0), n_response=12)
+    batch = collate([trace], max_tokens)
+    kept = min(max_tokens, len(trace.tokens))
+    assert batch.input_ids.shape[1] == kept
+    expected = min(trace.response_len, kept - 1)
+    assert batch.token_ids.tolist() == trace.tokens[-expected:].tolist()
+    assert torch.equal(batch.input_ids[0, batch.column + 1], batch.token_ids)
+    assert batch.topk_ids[:, 0].tolist() == trace.topk_ids[-expected:, 0].tolist()
+
+
+def test_an_empty_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one trace"):
+        collate([], 10)

@@ -1,0 +1,153 @@
+"""One tick against a real store and the in-memory table: what is read, what is published, what happens on trouble."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from adaptd.config import GateConfig, LearnConfig
+from adaptd.decoding.request import Finished
+from adaptd.learning.cycle import Identity, LearnerCycle
+from adaptd.learning.learner import DraftLearner, StepReport
+from adaptd.models.scope import AdaptedDraft, ScopeConfig
+from buffers.memory_table import MemoryTable
+from buffers.table import TableLimits
+from buffers.trace import Trace
+from checkpoints.store import CheckpointStore
+from tests.unit.learning.conftest import tiny
+
+K = 3
+LIMITS = TableLimits(max_bytes=10**8, ttl_s=None, anchors=64, reserved_max_bytes=10**7)
+LEARN = LearnConfig(steps_per_tick=10, batch_traces=16, lr=1e-2, warmup_steps=2, mix_after=2, max_refusals=2)
+GATE = GateConfig(min_traces=4, resamples=200)
+
+
+class Rig:
+    """A cycle with everything it owns."""
+
+    def __init__(self, home: Path, gate: GateConfig = GATE, learn: LearnConfig = LEARN) -> None:
+        self.home = home
+        self.table = MemoryTable("test", LIMITS)
+        self.store = CheckpointStore(home / "checkpoints")
+        self.draft = AdaptedDraft(tiny(7), ScopeConfig(width=32, lora_rank=4))
+        self.learner = DraftLearner(self.draft, **learn.model_dump(include=set(DraftLearner.OPTIONS)))
+        identity = Identity(self.draft.base_id, "tok", self.draft.scope, self.draft.scope_config, {})
+        self.cycle = LearnerCycle(
+            self.table,
+            self.store,
+            self.learner,
+            identity,
+            learn=learn,
+            gate=gate,
+            k=K,
+            state_file=home / "learner" / "state.safetensors",
+            rng=np.random.default_rng(0),
+        )
+
+    def fill(self, traces: list[Trace]) -> None:
+        self.table.insert(traces, [t.surprise for t in traces])
+
+
+Decode = Callable[..., list[Finished]]
+
+
+@pytest.fixture(scope="module")
+def traces(decode: Decode) -> list[Trace]:
+    """Every fourth is reserved."""
+    found = [f.trace for f in decode(tiny(7), 80, temperature=1.0) if f.trace]
+    return [dataclasses.replace(t, reserved=i % 4 == 0, domain="math") for i, t in enumerate(found)]
+
+
+def test_ticks_publish_a_better_draft_and_say_why(tmp_path: Path, traces: list[Trace]) -> None:
+    rig = Rig(tmp_path)
+    rig.fill(traces)
+    reports = [rig.cycle.tick("traces") for _ in range(8)]
+    published = [r.published for r in reports if r.published]
+    assert published
+    manifest, tensors = rig.store.load(published[-1])
+    assert rig.store.current() == published[-1]
+    assert manifest.gate["promote"]
+    assert manifest.gate["gain"]["low"] > 0
+    assert manifest.window["learner_steps"] > 0
+    assert set(tensors) == set(rig.draft.state())
+    assert rig.cycle.totals["promoted"] == len(published)
+
+
+def test_reserved_traces_are_never_trained_on(
+    tmp_path: Path, traces: list[Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gate that judges on what was learned promotes everything."""
+    rig = Rig(tmp_path)
+    rig.fill(traces)
+    seen: set[str] = set()
+    step = rig.learner.step
+
+    def spy(samples: Any, weights: Any = None) -> StepReport:
+        seen.update(s.trace.request_id for s in samples)
+        return step(samples, weights)
+
+    monkeypatch.setattr(rig.learner, "step", spy)
+    for _ in range(3):
+        rig.cycle.tick("traces")
+    assert seen
+    assert not seen & {t.request_id for t in traces if t.reserved}
+
+
+def test_a_candidate_that_is_no_better_is_refused_and_learning_restarts_after_some(
+    tmp_path: Path, traces: list[Trace]
+) -> None:
+    rig = Rig(tmp_path, gate=GATE.model_copy(update={"min_gain": 9.0}))
+    rig.fill(traces)
+    for _ in range(LEARN.max_refusals):
+        report = rig.cycle.tick("traces")
+        assert report.verdict is not None
+        assert not report.verdict["promote"]
+    assert rig.store.current() is None
+    assert rig.cycle.totals["restarts"] == 1
+    fresh = AdaptedDraft(tiny(7), ScopeConfig(width=32, lora_rank=4)).state()
+    assert all(torch.equal(t, fresh[n]) for n, t in rig.draft.state().items()), "restart means the published version"
+
+
+def test_three_losses_that_are_not_finite_restart_from_the_published_version(
+    tmp_path: Path, traces: list[Trace]
+) -> None:
+    rig = Rig(tmp_path)
+    rig.fill(traces)
+    with torch.no_grad():
+        next(iter(rig.draft.trainable().values())).fill_(torch.nan)
+    report = rig.cycle.tick("traces")
+    assert report.skipped_steps == 3
+    assert rig.cycle.totals["restarts"] == 1
+    assert report.steps == LEARN.steps_per_tick - 3, "after the restart the tick goes on"
+
+
+def test_an_empty_table_is_no_tick(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    report = rig.cycle.tick("time")
+    assert (report.steps, report.verdict) == (0, None)
+    assert rig.store.current() is None
+
+
+def test_a_restart_of_the_process_goes_on_where_it_was(tmp_path: Path, traces: list[Trace]) -> None:
+    first = Rig(tmp_path)
+    first.fill(traces)
+    first.cycle.tick("traces")
+    second = Rig(tmp_path)
+    assert second.learner.steps == first.learner.steps
+    left, right = first.draft.state(), second.draft.state()
+    assert all(torch.equal(left[n], right[n]) for n in left)
+
+
+def test_rollback_publishes_the_parent_and_the_learner_follows(tmp_path: Path, traces: list[Trace]) -> None:
+    rig = Rig(tmp_path)
+    rig.fill(traces)
+    while (rig.store.current() or 0) < 2:
+        rig.cycle.tick("traces")
+    _, parent = rig.store.load(rig.store.manifest(rig.store.current() or 0).parent or 0)
+    manifest = rig.cycle.rollback("test")
+    assert rig.store.current() == manifest.version
+    assert all(torch.equal(parent[n], t) for n, t in rig.draft.state().items())
