@@ -32,20 +32,24 @@ class CheckpointError(Exception):
     """Base of every expected failure of this package."""
 
 
-class IncompatibleCheckpoint(CheckpointError):
+class _Refusal(CheckpointError):
+    """A refusal with its reason; both survive pickling, so that they cross process boundaries."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason: Reason = reason
+
+    def __str__(self) -> str:
+        message: str = self.args[1]
+        return message
+
+
+class IncompatibleCheckpoint(_Refusal):
     """The checkpoint is intact but was made for another base draft, vocabulary or set of trainable tensors."""
 
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
-        self.reason: Reason = reason
 
-
-class CorruptCheckpoint(CheckpointError):
+class CorruptCheckpoint(_Refusal):
     """The checkpoint's bytes, manifest or values are damaged; nothing of it may reach a model."""
-
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
-        self.reason: Reason = reason
 
 
 class CheckpointNotFound(CheckpointError):

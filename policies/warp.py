@@ -1,34 +1,58 @@
-"""Temperature, top-k and top-p applied to logits: the same for target and draft, at serving and at evaluation."""
+"""Temperature, top-k and top-p: the served distribution, the same for target and draft, at serving and at evaluation."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def warp_logits(logits: Tensor, temperature: float | Tensor, top_k: int | Tensor = 0, top_p: float | Tensor = 1.0) -> Tensor:
-    """Logits of the served distribution; excluded tokens become -inf. Order as in transformers: temperature, top-k, top-p.
+def served_probs(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """The distribution that tokens are drawn from under one request's sampling parameters.
 
     Args:
-      logits: [..., V] float32.
-      temperature: above 0; a number, or a tensor that broadcasts against `logits[..., :1]`.
-      top_k: keep the k most likely; 0 keeps all. Ties at the threshold are all kept.
-      top_p: keep the smallest set of most likely tokens whose mass reaches top_p; 1 keeps all. At least one is kept.
-
-    Returns: [..., V], same dtype.
+      logits: float32 [N, V].
+      temperature: above 0.
+      top_k: 0 keeps all.
+      top_p: 1 keeps all.
+    Returns: float32 [N, V], rows sum to 1.
+    Raises: ValueError: temperature not above 0 (greedy decoding draws from no distribution).
     """
-    logits = logits / temperature
-    limited = bool(torch.as_tensor(top_k).gt(0).any()) or bool(torch.as_tensor(top_p).lt(1).any())
-    if not limited:
-        return logits
-    ordered, indices = logits.sort(dim=-1, descending=True)
-    vocab = logits.shape[-1]
-    k = torch.as_tensor(top_k, device=logits.device)
-    k = torch.where(k > 0, k.clamp(max=vocab), vocab)
-    threshold = ordered.gather(-1, (k - 1).expand(*logits.shape[:-1], 1).long())
-    ordered = ordered.masked_fill(ordered < threshold, -torch.inf)
-    mass = ordered.softmax(-1)
-    # A token stays if the mass before it is below top_p: the first always does.
-    drop = (mass.cumsum(-1) - mass) >= torch.as_tensor(top_p, device=logits.device)
-    ordered = ordered.masked_fill(drop & (mass.cumsum(-1) - mass > 0), -torch.inf)
-    return torch.empty_like(logits).scatter_(-1, indices, ordered)
+    if not temperature > 0:
+        raise ValueError(f"temperature ({temperature}) must be above 0; greedy decoding draws from no distribution")
+    probs = (logits / temperature).softmax(-1)
+    if top_k <= 0 and top_p >= 1.0:
+        return probs
+    rows, vocab = probs.shape
+    keep = torch.full((rows,), min(top_k, vocab) if top_k > 0 else vocab, device=probs.device)
+    mass = torch.full((rows,), top_p if top_p < 1.0 else 2.0, device=probs.device)
+    return truncate(probs, keep, mass)
+
+
+def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Keeps each row's `top_k` most likely tokens, then the smallest set of them with mass `top_p`; renormalises.
+
+    The order and the meaning are transformers': top-p is measured on the distribution that top-k left. Tokens tied
+    with the last one kept are kept too, so the result does not depend on how a sort orders equal values.
+
+    Args:
+      probs: float32 [N, V], rows sum to 1.
+      top_k: int64 [N], in 1..V.
+      top_p: float32 [N], above 0; above 1 keeps all.
+    Returns: float32 [N, V], rows sum to 1.
+    """
+    ordered = _descending(probs)
+    mass = ordered.cumsum(-1)
+    total = mass.gather(1, top_k[:, None] - 1)
+    # A token belongs to the nucleus if the mass before it is still short of top_p.
+    nucleus = ((mass - ordered) < top_p[:, None] * total).sum(-1)
+    keep = torch.minimum(nucleus.clamp_(min=1), top_k)
+    kept = probs.masked_fill(probs < ordered.gather(1, keep[:, None] - 1), 0.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def _descending(probs: Tensor) -> Tensor:
+    """Each row's values in descending order. On the CPU numpy's vectorised sort is ten times as fast as torch's."""
+    if probs.device.type == "cpu":
+        return torch.from_numpy(np.sort(probs.numpy(), axis=-1)).flip(-1)
+    return probs.sort(-1, descending=True).values

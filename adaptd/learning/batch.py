@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from buffers.trace import Trace
 
@@ -87,10 +88,19 @@ def collate(traces: Sequence[Trace], max_tokens: int, device: torch.device | str
     )
 
 
-def draft_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The draft's logits at every captured position, [N, V] float32, from one forward pass."""
-    columns, inverse = torch.unique(batch.column, return_inverse=True)
-    # Only columns that some trace needs go through the output head, the dearest part of a small draft.
-    logits = model(input_ids=batch.input_ids, logits_to_keep=columns, use_cache=False).logits
-    kept: Tensor = logits[batch.row, inverse].float()
-    return kept
+def draft_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The draft's logits at every captured position, [N, V] float32, from one forward pass.
+
+    Only those positions go through the output head, the dearest part of a small draft: a hook picks them in front of
+    it, so that whatever an architecture does to logits behind its head is still done.
+    """
+
+    def pick(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][batch.row, batch.column][None],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits[0].float()
+    finally:
+        handle.remove()
+    return logits

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from adaptd.learning.batch import Batch, collate, draft_logits
 from buffers.trace import Trace
 from policies.acceptance import Profile, accept_probability, acceptance_profiles
-from policies.warp import warp_logits
+from policies.warp import served_probs
 
 
 def acceptance(logits: Tensor, batch: Batch, traces: Sequence[Trace]) -> list[np.ndarray]:
@@ -32,8 +33,8 @@ def acceptance(logits: Tensor, batch: Batch, traces: Sequence[Trace]) -> list[np
         if trace.temperature == 0:
             parts.append(greedy[rows])
             continue
-        warped = warp_logits(logits[rows], trace.temperature, trace.top_k, trace.top_p)
-        q = warped.log_softmax(-1).gather(-1, token[rows])[:, 0].numpy(force=True)
+        probs = served_probs(logits[rows], trace.temperature, trace.top_k, trace.top_p)
+        q = probs.gather(-1, token[rows])[:, 0].log().numpy(force=True)
         parts.append(accept_probability(q, p[rows]))
     return parts
 
@@ -53,7 +54,7 @@ def _served_logprob(batch: Batch) -> Tensor:
 
 @torch.inference_mode()
 def profiles(
-    model: nn.Module, traces: Sequence[Trace], k: int, *, max_tokens: int, batch_traces: int = 32
+    model: PreTrainedModel, traces: Sequence[Trace], k: int, *, max_tokens: int, batch_traces: int = 32
 ) -> list[Profile]:
     """What decoding each trace's answer with this draft would have cost: expected rounds, acceptances by depth.
 

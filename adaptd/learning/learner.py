@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from adaptd.learning.batch import collate, draft_logits
 from buffers.table import ReplaySample
@@ -26,7 +27,7 @@ class Adapted(Protocol):
     """What the learner needs of a draft: `adaptd.models.scope.AdaptedDraft` has it."""
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> PreTrainedModel:
         """The draft, Hugging Face forward."""
 
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -11,6 +11,7 @@ The masks are four-dimensional, [B, 1, Q, L], which transformers passes on uncha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -60,11 +61,12 @@ class RaggedLayer(CacheLayerMixin):
             seen.append(tensor[first:last, :, :length])
         return seen[0], seen[1]
 
-    def move(self, source: int, destination: int, length: int) -> None:
-        """Copies the first `length` positions of row `source` over row `destination`."""
+    def move(self, sources: Tensor, destinations: Tensor, length: int) -> None:
+        """Copies the first `length` positions of rows `sources` over rows `destinations`."""
         if self.is_initialized:
             for store in (cast(Tensor, self.keys), cast(Tensor, self.values)):
-                store[destination, :, :length] = store[source, :, :length]
+                prefixes = store[:, :, :length]
+                prefixes.index_copy_(0, destinations, prefixes.index_select(0, sources))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Key length and offset, for models that ask although the mask is given."""
@@ -128,10 +130,14 @@ class RaggedCache(Cache):
         """See `RaggedLayer.update`."""
         return cast(RaggedLayer, self.layers[layer_idx]).update(key_states, value_states)
 
-    def move(self, source: int, destination: int, length: int) -> None:
-        """Copies the first `length` positions of row `source` over row `destination`, in every layer."""
+    def move(self, sources: Sequence[int], destinations: Sequence[int], length: int) -> None:
+        """Copies the first `length` positions of rows `sources` over rows `destinations`, in every layer.
+
+        All are read before any is written, so the two lists may overlap.
+        """
+        read, written = (torch.tensor(rows, device=self._device) for rows in (sources, destinations))
         for layer in self.layers:
-            cast(RaggedLayer, layer).move(source, destination, length)
+            cast(RaggedLayer, layer).move(read, written, length)
 
     @property
     def nbytes(self) -> int:

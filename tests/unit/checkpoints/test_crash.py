@@ -67,7 +67,7 @@ def test_fifty_kills_at_random_moments_leave_current_complete_and_verified(tmp_p
             highest = current
             unfinished += has_leftovers(store)
         publisher.stdin.close()
-        assert publisher.wait(timeout=10) == 0
+        assert publisher.wait(timeout=60) == 0
     print(f"{KILLS} kills, {unfinished} of them inside a publication; CURRENT names version {highest}")
     assert highest >= KILLS // 2, "the publishers hardly published; the proof would be empty"
     assert unfinished >= KILLS // 5, "hardly a kill fell inside a publication; the proof would be empty"

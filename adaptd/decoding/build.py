@@ -1,0 +1,66 @@
+"""A decoder from the configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adaptd.config import Config
+from adaptd.decoding.capture import CaptureConfig
+from adaptd.decoding.engine import SpeculativeDecoder
+from adaptd.decoding.loop import DecodeLoop
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token that ends an answer: the tokenizer's, and those of the model's generation settings."""
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
+    return {i for i in ids if i is not None}
+
+
+def build_engine(
+    config: Config,
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    capture: bool,
+    target_id: str = "",
+) -> SpeculativeDecoder:
+    """The engine of one decoder."""
+
+    def detokenize(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    context = min(int(m.config.max_position_embeddings) for m in (target, draft))
+    c = config.capture
+    return SpeculativeDecoder(
+        target,
+        draft,
+        k=config.engine.k,
+        max_batch=config.engine.max_batch,
+        max_length=min(config.engine.max_length, context),
+        eos_ids=eos_ids(target, tokenizer),
+        detokenize=detokenize,
+        capture=CaptureConfig(
+            k_top=c.k_top,
+            k_draft=c.k_draft,
+            positions=c.positions,
+            max_tokens=c.max_tokens,
+            reserved_share=c.reserved_share,
+            target_id=target_id,
+            engine="native",
+        )
+        if capture
+        else None,
+    )
+
+
+def build_loop(
+    config: Config, target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target_id: str
+) -> DecodeLoop:
+    """The engine in its thread."""
+    engine = build_engine(config, target, draft, tokenizer, capture=True, target_id=target_id)
+    return DecodeLoop(engine, max_queue=config.engine.max_queue, name=f"adaptd-decode-{os.getpid()}")

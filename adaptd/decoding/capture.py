@@ -1,0 +1,240 @@
+"""What a round leaves on the host: one packed row of 32-bit words a request, and the Trace they add up to.
+
+A round makes exactly one device-to-host copy: tokens, number accepted and, with capture on, everything a Trace wants.
+Floats travel as their bits. Rows are only collected while a request runs; they become arrays once, when it ends, with
+no loop over tokens. The index convention is that of `buffers.trace`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from adaptd.decoding.request import DecodeRequest
+from adaptd.decoding.sampling import RowParams
+from buffers.trace import NO_TOKEN, Source, Trace, is_reserved
+from policies.surprise import PRIORITY_FLOOR, surprise_ratio
+
+Words = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureConfig:
+    """What to keep of each verification.
+
+    Raises: ValueError: a value is out of range.
+    """
+
+    k_top: int = 32
+    """Target candidates kept a position, K."""
+    k_draft: int = 8
+    """Draft candidates kept a correction, K'."""
+    positions: Literal["all", "rejected"] = "all"
+    """Target candidates at every response position, or at corrections only."""
+    max_tokens: int = 1024
+    """Tokens a trace keeps; longer ones are cut on the left."""
+    reserved_share: float = 0.05
+    """Share of the requests kept for the gate."""
+    target_id: str = ""
+    """Revision of the target, as written into traces."""
+    engine: str = "native"
+    """Name of this engine, as written into traces."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("k_top", 1), ("k_draft", 1), ("max_tokens", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
+        if self.positions not in ("all", "rejected"):
+            raise ValueError(f"positions ({self.positions!r}) must be 'all' or 'rejected'")
+        if not 0.0 <= self.reserved_share <= 1.0:
+            raise ValueError(f"reserved_share ({self.reserved_share}) must lie in [0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round on the device, B rows. Logits and distributions are as they were when this round ran."""
+
+    target_logits: Tensor
+    """float32 [B, k+1, V]."""
+    draft_logits: Tensor
+    """float32 [B, k, V]."""
+    p: Tensor | None
+    """float32 [B, k+1, V], the served target distribution; None if every row is greedy."""
+    proposals: Tensor
+    """int64 [B, k]."""
+    n_accepted: Tensor
+    """int64 [B]."""
+    tokens: Tensor
+    """int64 [B, k+1]: the accepted prefix, then the token that followed it; what is behind is meaningless."""
+
+
+class RoundPacker:
+    """Packs rounds into int32 words [B, width] and unpacks the words of one request into a Trace."""
+
+    def __init__(self, k: int, vocab_size: int, config: CaptureConfig | None) -> None:
+        self.k, self.config = k, config
+        self._at: dict[str, slice] = {}
+        self.width = 0
+        self._field("tokens", k + 1)
+        self._field("n_accepted", 1)
+        if config is None:
+            return
+        self.k_top, self.k_draft = min(config.k_top, vocab_size), min(config.k_draft, vocab_size)
+        self._judged = k + 1 if config.positions == "all" else 1
+        self._field("rejected", 1)
+        self._field("target_logprob", k + 1)
+        self._field("draft_logprob", k)
+        for name, size in (("topk", self._judged * self.k_top), ("draft_topk", self.k_draft)):
+            self._field(f"{name}_ids", size)
+            self._field(f"{name}_logprobs", size)
+
+    def _field(self, name: str, size: int) -> None:
+        self._at[name] = slice(self.width, self.width + size)
+        self.width += size
+
+    def pack(self, played: Round, params: RowParams, observe: bool) -> Words:
+        """The round on the host, [B, width], or [B, k+2] if there is nothing to observe. The only copy of a round."""
+        heads = torch.cat((played.tokens, played.n_accepted[:, None]), dim=1).int()
+        if self.config is not None and observe:
+            heads = torch.cat((heads, *self._observe(played, params)), dim=1)
+        words: Words = heads.cpu().numpy()
+        return words
+
+    def _observe(self, played: Round, params: RowParams) -> list[Tensor]:
+        """The capture's columns in the order of their fields, int32 [B, *]."""
+        rows = torch.arange(played.tokens.shape[0], device=played.tokens.device)
+        # Row of the rejected proposal; where all were accepted, the last one stands in and is not read.
+        at = played.n_accepted.clamp(max=self.k - 1)
+        target, draft = played.target_logits, played.draft_logits
+        target_mass, draft_mass = target.logsumexp(-1), draft.logsumexp(-1)
+        emitted = played.tokens[..., None]
+        served = target.gather(2, emitted).squeeze(2) - target_mass
+        if played.p is not None:
+            warped = played.p.gather(2, emitted).squeeze(2).log()
+            served = torch.where(params.greedy[:, None], served, warped) if params.any_greedy else warped
+        proposed = draft.gather(2, emitted[:, : self.k]).squeeze(2) - draft_mass
+        if self._judged == 1:
+            target, target_mass = target[rows, at][:, None], target_mass[rows, at][:, None]
+        best = target.topk(self.k_top, dim=-1)
+        believed = draft[rows, at].topk(self.k_draft, dim=-1)
+        return [
+            played.proposals[rows, at][:, None].int(),
+            _bits(served),
+            _bits(proposed),
+            best.indices.flatten(1).int(),
+            _bits((best.values - target_mass[..., None]).flatten(1)),
+            believed.indices.int(),
+            _bits(believed.values - draft_mass[rows, at][:, None]),
+        ]
+
+    def assemble(
+        self,
+        request: DecodeRequest,
+        tokens: Sequence[int],
+        rounds: Sequence[Words],
+        draft_version: int,
+        created_at: float,
+    ) -> Trace:
+        """The trace of a finished request.
+
+        Args:
+          request: what was asked.
+          tokens: prompt and the R response tokens really emitted; later positions of the last round are cut.
+          rounds: the request's words, [width] a round, in order.
+          draft_version: version to name as proposer.
+          created_at: unix seconds.
+        Raises: RuntimeError: this packer does not capture.
+        """
+        config = self.config
+        if config is None:
+            raise RuntimeError("assemble needs a CaptureConfig; this decoder was built with capture=None")
+        k, words = self.k, np.stack(rounds)
+        prompt_len = len(request.prompt_ids)
+        size = len(tokens) - prompt_len
+        n_accepted = words[:, self._at["n_accepted"]]
+        column = np.arange(k + 1)
+        valid = column <= n_accepted
+        last = column == n_accepted
+        corrected = last & (n_accepted < k)
+        source = np.where(last, np.where(corrected, Source.CORRECTION, Source.BONUS), Source.ACCEPTED)
+        rejected = np.where(corrected, words[:, self._at["rejected"]], NO_TOKEN)
+        draft_logprob = np.full(valid.shape, np.nan, np.float32)
+        draft_logprob[:, :k] = self._floats(words, "draft_logprob")
+        # Rounds that end in a correction, and where; the end of the answer may have cut the last one off.
+        is_correction = corrected[valid][:size]
+        rejected_at = np.flatnonzero(is_correction)
+        rounds_kept = np.flatnonzero(corrected.any(1))[: len(rejected_at)]
+        topk_ids, topk_logprobs = words[:, self._at["topk_ids"]], self._floats(words, "topk_logprobs")
+        if config.positions == "all":
+            shape = (len(words), k + 1, self.k_top)
+            topk_ids, topk_logprobs = topk_ids.reshape(shape)[valid][:size], topk_logprobs.reshape(shape)[valid][:size]
+        else:
+            topk_ids, topk_logprobs = topk_ids[rounds_kept], topk_logprobs[rounds_kept]
+        q_emitted = draft_logprob[valid][:size]
+        q_best = self._floats(words, "draft_topk_logprobs")[rounds_kept]
+        sources = source[valid][:size]
+        params = request.params
+        trace = Trace(
+            tokens=np.asarray(tokens, np.uint32),
+            prompt_len=prompt_len,
+            topk_ids=topk_ids.astype(np.uint32),
+            topk_logprobs=topk_logprobs.astype(np.float16),
+            source=sources.astype(np.uint8),
+            rejected=rejected[valid][:size].astype(np.int32),
+            draft_logprob=_half(q_emitted),
+            target_logprob=_half(self._floats(words, "target_logprob")[valid][:size]),
+            rejected_at=rejected_at.astype(np.int32),
+            draft_topk_ids=words[rounds_kept, self._at["draft_topk_ids"]].astype(np.uint32),
+            draft_topk_logprobs=_half(q_best),
+            request_id=request.request_id,
+            target_id=config.target_id,
+            draft_version=draft_version,
+            domain=request.domain,
+            tenant=request.tenant,
+            created_at=created_at,
+            temperature=params.temperature,
+            engine=config.engine,
+            reserved=is_reserved(request.request_id, config.reserved_share),
+            top_p=params.top_p,
+            top_k=params.top_k,
+            surprise=surprise_seed(int((sources == Source.ACCEPTED).sum()), q_emitted[rejected_at], q_best),
+        )
+        return trace.truncate_left(config.max_tokens)
+
+    def _floats(self, words: Words, name: str) -> npt.NDArray[np.float32]:
+        return np.ascontiguousarray(words[:, self._at[name]]).view(np.float32)
+
+
+def surprise_seed(n_accepted: int, q_emitted: npt.NDArray[Any], q_best: npt.NDArray[Any]) -> float:
+    """A trace's first priority: the mean of min(1, SurpriseRatio) over the positions the draft was judged at.
+
+    An accepted proposal counts as 1: the draft had proposed it, so it was among its favourites, and the draft's other
+    candidates there are not captured. Bonus tokens were not judged.
+
+    Args:
+      n_accepted: accepted positions.
+      q_emitted: float [C], log q of the target's token at each correction, nats.
+      q_best: float [C, K'], the draft's best log-probabilities there, nats.
+    Returns: within [PRIORITY_FLOOR, 1], high where draft and target agree; 1 if nothing was judged.
+    """
+    judged = n_accepted + len(q_emitted)
+    if judged == 0:
+        return 1.0
+    ratios = surprise_ratio(q_emitted, q_best) if len(q_emitted) else np.zeros(0)
+    return max(PRIORITY_FLOOR, float((n_accepted + np.minimum(ratios, 1.0).sum()) / judged))
+
+
+def _bits(values: Tensor) -> Tensor:
+    """float32 as the int32 with the same bits."""
+    return values.float().contiguous().view(torch.int32)
+
+
+def _half(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    """float16; what is too small to be represented becomes the smallest finite number, NaN stays."""
+    return np.maximum(values, np.float32(np.finfo(np.float16).min)).astype(np.float16)

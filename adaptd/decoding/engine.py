@@ -1,0 +1,375 @@
+"""The speculative decoder: k proposals, one target pass over k+1 positions, an exact accept rule, rows of any length.
+
+Invariants
+----------
+* Output follows the target alone. The accept test uses the draft's distribution as it was when the proposal was drawn,
+  so draft weights may change between any two `step`s: acceptance changes, output does not.
+* For a row with n known tokens the target's cache holds positions < n-1, the draft's at least positions < n-2. A round
+  feeds the draft the last two known tokens at n-2, n-1 and then its own proposals; writing a position again with the
+  same token is harmless, and so the shape of a round does not depend on how much was accepted. The target is fed the
+  last token and the proposals at n-1 .. n+k-1.
+* Rolling back is nothing but a row's n: what a rejected proposal wrote lies behind it and is overwritten.
+* Active rows are slots [0, n_active); rows that are still reading their prompt follow them. When a row leaves, the last
+  active row is copied into its slot.
+* A round makes one device-to-host copy (`RoundPacker.pack`).
+
+Not safe for threads: one owner calls everything (`DecodeLoop`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adaptd.decoding.capture import CaptureConfig, Round, RoundPacker, Words
+from adaptd.decoding.request import DecodeRequest, Delta, Detokenize, Finished, FinishReason
+from adaptd.decoding.row import Row
+from adaptd.decoding.runner import ModelRunner, columns
+from adaptd.decoding.sampling import RowParams, choose, warp
+from adaptd.decoding.verify import verify_greedy, verify_sampled
+from adaptd.errors import ContextLengthExceeded, Overloaded
+
+#: Cache positions seen by a pass are rounded up to a multiple of this, so that shapes repeat.
+LENGTH_STEP = 32
+
+
+class SpeculativeDecoder:
+    """Continues requests with a target and a draft model; requests join and leave between rounds.
+
+    Args:
+      target, draft: Hugging Face causal LMs in eval mode with one tokenizer (`adaptd.models` checks that). The logits
+        of one may be padded wider than the other's.
+      k: proposals a round.
+      max_batch: rows decoded together.
+      max_length: tokens of prompt and answer together.
+      eos_ids: tokens that end an answer.
+      detokenize: token ids to text; None: no text, and no stop strings.
+      capture: what to keep for traces; None keeps nothing.
+      prefill_tokens: prompt tokens read a step, over all rows that join together.
+      draft_version: version of the draft's weights; its owner sets the attribute after a swap.
+      clock: unix seconds, for `Trace.created_at`.
+    Raises: ValueError: a number is out of range, or a model cannot be decoded this way.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        draft: nn.Module,
+        *,
+        k: int,
+        max_batch: int,
+        max_length: int,
+        eos_ids: Collection[int] = (),
+        detokenize: Detokenize | None = None,
+        capture: CaptureConfig | None = None,
+        prefill_tokens: int = 1024,
+        draft_version: int = 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        for name, value, least in (
+            ("k", k, 1),
+            ("max_batch", max_batch, 1),
+            ("max_length", max_length, 2),
+            ("prefill_tokens", prefill_tokens, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} ({value}) must be at least {least}")
+        self.k, self.max_batch, self.max_length = k, max_batch, max_length
+        self.eos_ids = frozenset(eos_ids)
+        self.draft_version = draft_version
+        self._detokenize, self._prefill_tokens, self._clock = detokenize, prefill_tokens, clock
+        # A round of a row one token short of the end writes up to k positions behind it.
+        capacity = _round_up(max_length + k)
+        self._target = ModelRunner(target, slots=max_batch, capacity=capacity, max_length=max_length)
+        self._draft = ModelRunner(draft, slots=max_batch, capacity=capacity, max_length=max_length)
+        self.vocab_size = self._target.vocab_size
+        self._packer = RoundPacker(k, min(self._target.vocab_size, self._draft.vocab_size), capture)
+        self.device = self._target.device
+        self._offsets = torch.arange(-2, k, device=self.device)
+        self._rows: list[Row] = []
+        self._joining: list[Row] = []
+        self._joining_done = 0
+        self._waiting: deque[Row] = deque()
+        self._joining_slot = 0
+        self.rounds = 0
+        """Rounds so far, each over all active rows."""
+        # Device-side state of the active rows; `_rebuild` fills it when rows have joined or left.
+        self._stale = True
+        self._n: Tensor
+        self._last_two: Tensor
+        self._params: RowParams
+        self._observe: bool
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> int:
+        """Requests that have been added and have not ended."""
+        return len(self._rows) + len(self._joining) + len(self._waiting)
+
+    def can_add(self) -> bool:
+        """Whether there is a slot for one more request."""
+        return self.active < self.max_batch
+
+    def check(self, request: DecodeRequest) -> None:
+        """Refuses what can never be served. Reads no state; any thread may call it.
+
+        Raises:
+          ContextLengthExceeded: no room for an answer behind the prompt.
+          ValueError: a token id outside the vocabulary, or stop strings without a detokenizer.
+        """
+        size = len(request.prompt_ids)
+        if size >= self.max_length:
+            raise ContextLengthExceeded(
+                f"the prompt has {size} tokens and the context {self.max_length}; shorten it by at least "
+                f"{size - self.max_length + 1}"
+            )
+        low, high = min(request.prompt_ids), max(request.prompt_ids)
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"prompt_ids ({low if low < 0 else high}) must lie in 0..{self.vocab_size - 1}, the target's vocabulary"
+            )
+        if request.params.stop and self._detokenize is None:
+            raise ValueError("stop needs text, and this decoder was built without a detokenizer; leave stop empty")
+
+    def add(self, request: DecodeRequest) -> None:
+        """Takes a request; it joins at the next `step`.
+
+        Raises: Overloaded: no free slot; what `check` raises.
+        """
+        self.check(request)
+        if not self.can_add():
+            raise Overloaded(f"all {self.max_batch} slots are taken; wait for one to leave")
+        self._waiting.append(Row(request, self._detokenize))
+
+    def abort(self, request_id: str) -> Finished | None:
+        """Ends a request now; None if it is not here. Its tokens so far come back, its trace does not."""
+        for at, row in enumerate(self._rows):
+            if row.request.request_id == request_id:
+                self._remove({at})
+                return self._finished(row, "abort")
+        for row in self._joining:
+            if row.request.request_id == request_id and not row.aborted:
+                # Its slot is between others that are being filled; it is dropped when they become active.
+                row.aborted = True
+                return self._finished(row, "abort")
+        for row in self._waiting:
+            if row.request.request_id == request_id:
+                self._waiting.remove(row)
+                return self._finished(row, "abort")
+        return None
+
+    # -- the round -----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        """Reads one chunk of the joining prompts, then plays one round over the active rows.
+
+        Returns: one Delta a row that was active; the last one of a request carries its `Finished`.
+        """
+        self._prefill()
+        if not self._rows:
+            return []
+        if self._stale:
+            self._rebuild()
+        return self._commit(self._play())
+
+    def _play(self) -> Words:
+        """Propose, verify, advance: everything on the device; returns the round's words on the host."""
+        k, params = self.k, self._params
+        length = _round_up(max(len(row.tokens) for row in self._rows) + k)
+        # A row with one token has no token before it: it feeds that one twice, at the same place.
+        positions = (self._n[:, None] + self._offsets).clamp_(min=0)
+        target_masks = self._target.masks(positions, length)
+        same = self._target.dtype == self._draft.dtype and self._target.windows == self._draft.windows
+        draft_masks = target_masks if same else self._draft.masks(positions, length)
+        uniforms = self._uniforms()
+
+        fed, drafted, logits_seen, q_seen = self._last_two, [], [], []
+        for i in range(k):
+            first, last = (0, 2) if i == 0 else (i + 1, i + 2)
+            logits = self._draft.forward(
+                self._known_to_draft(fed),
+                positions[:, first:last],
+                columns(draft_masks, first, last),
+                0,
+                length,
+                last_only=True,
+            )
+            logits = self._like_target(logits[:, 0])
+            proposal, q = choose(logits, params, uniforms[:, i])
+            fed = proposal[:, None]
+            drafted.append(proposal)
+            logits_seen.append(logits)
+            if q is not None:
+                q_seen.append(q)
+        proposals = torch.stack(drafted, 1)
+
+        fed = torch.cat((self._last_two[:, 1:], proposals), 1)
+        logits = self._target.forward(
+            fed, positions[:, 1:], columns(target_masks, 1, k + 2), 0, length, last_only=False
+        )
+        p = None
+        if not params.any_sampled:
+            n_accepted, final = verify_greedy(logits.argmax(-1), proposals)
+        else:
+            p = warp(logits, params)
+            n_accepted, final = verify_sampled(p, torch.stack(q_seen, 1), proposals, uniforms[:, k:])
+            if params.any_greedy:
+                n_greedy, final_greedy = verify_greedy(logits.argmax(-1), proposals)
+                n_accepted = torch.where(params.greedy, n_greedy, n_accepted)
+                final = torch.where(params.greedy, final_greedy, final)
+
+        # The token before the final one is the last accepted proposal, or the token this round began with.
+        self._last_two = torch.cat((fed.gather(1, n_accepted[:, None]), final[:, None]), 1)
+        self._n = self._n + n_accepted + 1
+        tokens = torch.cat((proposals, final[:, None]), 1).scatter_(1, n_accepted[:, None], final[:, None])
+        played = Round(logits, torch.stack(logits_seen, 1), p, proposals, n_accepted, tokens)
+        self.rounds += 1
+        return self._packer.pack(played, params, self._observe)
+
+    def _commit(self, words: Words) -> list[Delta]:
+        """Gives each row its tokens and ends the rows that are done."""
+        deltas, leaving = [], set[int]()
+        for at, (row, head) in enumerate(zip(self._rows, words[:, : self.k + 2].tolist(), strict=True)):
+            ids, text, reason = row.commit(head[: head[-1] + 1], self.max_length, self.eos_ids, self.draft_version)
+            if self._observe and row.request.store:
+                row.words.append(words[at])
+            finished = None
+            if reason is not None:
+                finished = self._finished(row, reason)
+                leaving.add(at)
+            deltas.append(Delta(row.request.request_id, tuple(ids), text, finished))
+        self._remove(leaving)
+        return deltas
+
+    def _finished(self, row: Row, reason: FinishReason) -> Finished:
+        trace = None
+        if row.words and reason != "abort":
+            trace = self._packer.assemble(row.request, row.tokens, row.words, row.version_max, self._clock())
+        return Finished(
+            request_id=row.request.request_id,
+            token_ids=tuple(row.tokens[row.prompt_len :]),
+            text=None if row.stream is None else row.stream.text,
+            finish_reason=reason,
+            stats=row.stats(self.k),
+            trace=trace,
+            prompt_tokens=row.prompt_len,
+        )
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> None:
+        """Reads the next chunk of the joining prompts into both caches; rows that are through become active.
+
+        The rows of a group are sorted by length and lie behind the active rows, so that the shortest, which is ready
+        first, is the next one to become active. Positions < n-1 are read: a round feeds the last token itself.
+        """
+        if not self._joining:
+            if not self._waiting:
+                return
+            self._joining = sorted(self._waiting, key=lambda row: row.prompt_len)
+            self._waiting.clear()
+            self._joining_done = 0
+            self._joining_slot = len(self._rows)
+        wanted = self._joining[-1].prompt_len - 1
+        if wanted > self._joining_done:
+            start = self._joining_done
+            stop = min(wanted, start + max(1, self._prefill_tokens // len(self._joining)))
+            self._read([row.tokens[start:stop] for row in self._joining], start, stop)
+            self._joining_done = stop
+        ready = 0
+        while ready < len(self._joining) and self._joining[ready].prompt_len - 1 <= self._joining_done:
+            ready += 1
+        self._activate(ready)
+
+    def _read(self, chunks: Sequence[list[int]], start: int, stop: int) -> None:
+        """Writes positions start .. stop - 1 of the joining rows; shorter rows write padding behind their end."""
+        width = stop - start
+        padded = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self.device)
+        positions = torch.arange(start, stop, device=self.device).expand(len(chunks), width)
+        length = _round_up(stop)
+        for runner, tokens in ((self._target, padded), (self._draft, self._known_to_draft(padded))):
+            masks = runner.masks(positions, length)
+            runner.forward(tokens, positions, masks, self._joining_slot, length, last_only=True)
+
+    def _activate(self, count: int) -> None:
+        """Lets the first `count` joining rows play, closing the gaps that rows have left meanwhile."""
+        group, self._joining = self._joining[:count], self._joining[count:]
+        moves = []
+        for slot, row in enumerate(group, self._joining_slot):
+            if not row.aborted:
+                moves.append((slot, len(self._rows)))
+                self._rows.append(row)
+                self._stale = True
+        self._joining_slot += count
+        self._move(moves)
+
+    def _remove(self, leaving: Collection[int]) -> None:
+        """Takes rows out of the active ones; the last ones fill the gaps."""
+        if not leaving:
+            return
+        rows, left = self._rows, len(self._rows) - len(leaving)
+        gaps = [at for at in leaving if at < left]
+        fillers = [at for at in range(left, len(rows)) if at not in leaving]
+        moves = list(zip(fillers, gaps, strict=True))
+        for source, destination in moves:
+            rows[destination] = rows[source]
+        del rows[left:]
+        self._stale = True
+        self._move(moves)
+
+    @torch.inference_mode()
+    def _move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copies cache rows (source, destination); `_rows` names the new places already."""
+        moves = [move for move in moves if move[0] != move[1]]
+        if moves:
+            sources, destinations = zip(*moves, strict=True)
+            length = max(len(self._rows[at].tokens) for at in destinations) - 1
+            for runner in (self._target, self._draft):
+                runner.cache.move(sources, destinations, length)
+
+    def _rebuild(self) -> None:
+        """Device-side state of the active rows; only needed when rows joined or left."""
+        rows, device = self._rows, self.device
+        self._n = torch.tensor([len(row.tokens) for row in rows], device=device)
+        self._last_two = torch.tensor(
+            [[row.tokens[max(0, len(row.tokens) - 2)], row.tokens[-1]] for row in rows], device=device
+        )
+        self._params = RowParams.build([row.request.params for row in rows], self.vocab_size, device)
+        self._observe = self._packer.config is not None and any(row.request.store for row in rows)
+        self._stale = False
+
+    def _uniforms(self) -> Tensor:
+        """Random numbers of this round, float32 [B, 2k+1]: k proposals, k accept tests, the last token.
+
+        They come from each request's own generator on the CPU, so that a seed means the same on every device.
+        """
+        size = 2 * self.k + 1
+        drawn = torch.zeros(len(self._rows), size)
+        if self._params.any_sampled:
+            for at, row in enumerate(self._rows):
+                if not row.request.params.greedy:
+                    torch.rand(size, generator=row.generator, out=drawn[at])
+        return drawn.to(self.device, non_blocking=True)
+
+    def _like_target(self, logits: Tensor) -> Tensor:
+        """Draft logits [B, V_draft] in the target's width: padding entries cut, or added at probability zero."""
+        missing = self.vocab_size - logits.shape[-1]
+        if missing == 0:
+            return logits
+        return nn.functional.pad(logits, (0, missing), value=-torch.inf)
+
+    def _known_to_draft(self, tokens: Tensor) -> Tensor:
+        """Tokens the draft has an embedding for; a padding entry that only the target has becomes the draft's last."""
+        if self._draft.vocab_size >= self.vocab_size:
+            return tokens
+        return tokens.clamp(max=self._draft.vocab_size - 1)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP

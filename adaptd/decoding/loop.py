@@ -1,0 +1,349 @@
+"""The thread that owns a decoder: it steps, swaps and closes, one action at a time. Knows neither Ray nor HTTP.
+
+    STEP   give waiting requests to the engine and play one round
+    SWAP   run a prepared weight copy; only between rounds, and before the next one
+    CLOSE  end: nothing is left to do, or the drain time is over
+    WAIT   sleep until something is asked; an idle loop costs nothing
+
+Because a swap is an action, weights never change between proposing and verifying. If the loop dies, every outstanding
+request is told the cause, later ones are refused with it, and the exception is kept in `failure`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Protocol
+
+from adaptd.decoding.request import DecodeRequest, Delta, Finished, RequestStats
+from adaptd.errors import DecoderStopped, Overloaded
+
+OnDelta = Callable[[Delta], None]
+OnFailed = Callable[[Exception], None]
+
+
+class Action(Enum):
+    """What the loop does next."""
+
+    STEP = "step"
+    SWAP = "swap"
+    CLOSE = "close"
+    WAIT = "wait"
+
+
+@dataclass(frozen=True, slots=True)
+class SwapResult:
+    """What a swap did: the version now in the weights, and (filled in by the loop) how long decoding stood still."""
+
+    version: int
+    tensors: int = 0
+    bytes: int = 0
+    pause_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoopStats:
+    """Counts since start, and what is going on now. MAL is `emitted / row_rounds`."""
+
+    queued: int
+    active: int
+    draft_version: int
+    steps: int
+    step_s: float
+    row_rounds: int
+    proposed: int
+    accepted: int
+    emitted: int
+    finished: int
+    aborted: int
+    failed: int
+    callback_errors: int
+    swaps: int
+    swap_refusals: int
+    last_pause_s: float
+    max_pause_s: float
+
+
+class Engine(Protocol):
+    """What the loop needs of a decoder (`SpeculativeDecoder`)."""
+
+    draft_version: int
+
+    @property
+    def active(self) -> int:
+        """Requests added that have not ended."""
+
+    def can_add(self) -> bool:
+        """Whether there is a free slot."""
+
+    def check(self, request: DecodeRequest) -> None:
+        """Raises if the request can never be served; safe from any thread."""
+
+    def add(self, request: DecodeRequest) -> None:
+        """Takes a request."""
+
+    def step(self) -> list[Delta]:
+        """Plays a round."""
+
+    def abort(self, request_id: str) -> Finished | None:
+        """Ends a request now."""
+
+
+@dataclass(slots=True)
+class _Client:
+    on_delta: OnDelta
+    on_failed: OnFailed | None
+
+
+class DecodeLoop:
+    """Runs an engine in a thread of its own.
+
+    `on_delta` and `on_failed` are called from that thread and must be quick (put the value into a queue). An `on_delta`
+    that raises ends its own request and nothing else.
+
+    Args:
+      engine: owned by the loop from here on.
+      max_queue: requests that may wait for a slot.
+      name: of the thread.
+      clock: monotonic seconds.
+    Raises: ValueError: max_queue is below 1.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_queue: int = 256,
+        name: str = "adaptd-decode",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if max_queue < 1:
+            raise ValueError(f"max_queue ({max_queue}) must be at least 1")
+        self.failure: Exception | None = None
+        """What the loop died of, if it did."""
+        self._engine, self._max_queue, self._clock = engine, max_queue, clock
+        self._wake = threading.Condition()
+        self._queue: deque[DecodeRequest] = deque()
+        self._clients: dict[str, _Client] = {}
+        self._aborts: list[str] = []
+        self._swaps: deque[tuple[Callable[[], SwapResult], Future[SwapResult]]] = deque()
+        self._deadline: float | None = None
+        self._stats = LoopStats(0, 0, engine.draft_version, 0, 0.0, *(0,) * 10, 0.0, 0.0)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    # -- any thread ----------------------------------------------------------------------------------------------
+
+    def submit(self, request: DecodeRequest, on_delta: OnDelta, on_failed: OnFailed | None = None) -> None:
+        """Queues a request. `on_delta` gets every Delta, the last with `finished`; or `on_failed` gets the cause.
+
+        Raises:
+          Overloaded: the queue is full, or the loop is closing.
+          DecoderStopped: the loop has died.
+          ValueError: a request of this id is outstanding; what `Engine.check` raises.
+        """
+        self._engine.check(request)
+        with self._wake:
+            if self.failure is not None:
+                raise self._stopped()
+            if self._deadline is not None:
+                raise Overloaded("the decoder is closing and takes no more requests; retry elsewhere or later")
+            if len(self._queue) >= self._max_queue:
+                raise Overloaded(f"{len(self._queue)} requests are waiting already, the limit; retry later")
+            if request.request_id in self._clients:
+                raise ValueError(f"request_id ({request.request_id}) is outstanding; ids must differ")
+            self._clients[request.request_id] = _Client(on_delta, on_failed)
+            self._queue.append(request)
+            self._wake.notify()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request before the next round; its last Delta says `abort`. Unknown ids are ignored."""
+        with self._wake:
+            if request_id in self._clients:
+                self._aborts.append(request_id)
+                self._wake.notify()
+
+    def request_swap(self, apply: Callable[[], SwapResult]) -> Future[SwapResult]:
+        """Runs `apply` in the loop's thread before the next round; everything slow must have been done before.
+
+        Returns: a future of its result with the pause filled in. If `apply` raises it must have changed nothing; the
+        exception is the future's, the version stays, and decoding goes on.
+        """
+        future: Future[SwapResult] = Future()
+        with self._wake:
+            if self.failure is not None or self._deadline is not None:
+                future.set_exception(self._stopped())
+            else:
+                self._swaps.append((apply, future))
+                self._wake.notify()
+        return future
+
+    def stats(self) -> LoopStats:
+        """Counts so far; never waits for a round."""
+        with self._wake:
+            return replace(
+                self._stats,
+                queued=len(self._queue),
+                active=self._engine.active,
+                draft_version=self._engine.draft_version,
+            )
+
+    def close(self, drain_s: float) -> None:
+        """Takes no more requests, lets outstanding ones end for up to `drain_s` seconds, fails the rest and returns.
+
+        Callable more than once; the earliest deadline holds. The round in progress is always finished.
+        """
+        with self._wake:
+            deadline = self._clock() + drain_s
+            self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def next_action(self) -> Action:
+        """What the loop would do now. Swaps come first: the sooner, the fewer rounds run on old weights."""
+        busy = bool(self._queue or self._aborts or self._engine.active)
+        if self._deadline is not None and (not busy or self._clock() >= self._deadline):
+            return Action.CLOSE
+        if self._swaps:
+            return Action.SWAP
+        return Action.STEP if busy else Action.WAIT
+
+    # -- the loop's thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    while (action := self.next_action()) is Action.WAIT:
+                        self._wake.wait()
+                if action is Action.CLOSE:
+                    break
+                if action is Action.SWAP:
+                    self._swap()
+                else:
+                    self._step()
+        except Exception as exc:  # Whatever it was, nobody may be left waiting.
+            with self._wake:
+                self.failure = exc
+        finally:
+            self._release_everyone()
+
+    def _step(self) -> None:
+        with self._wake:
+            aborts, self._aborts = self._aborts, []
+        for request_id in aborts:
+            self._abort(request_id)
+        while self._engine.can_add():
+            with self._wake:
+                request = self._queue.popleft() if self._queue else None
+            if request is None:
+                break
+            self._engine.add(request)
+        if not self._engine.active:
+            return
+        started = self._clock()
+        deltas = self._engine.step()
+        self._count(deltas, self._clock() - started)
+        for delta in deltas:
+            self._deliver(delta)
+
+    def _count(self, deltas: list[Delta], seconds: float) -> None:
+        ended = [delta.finished for delta in deltas if delta.finished is not None]
+        with self._wake:
+            now = self._stats
+            self._stats = replace(
+                now,
+                steps=now.steps + 1,
+                step_s=now.step_s + seconds,
+                row_rounds=now.row_rounds + len(deltas),
+                emitted=now.emitted + sum(len(delta.token_ids) for delta in deltas),
+                proposed=now.proposed + sum(done.stats.proposed for done in ended),
+                accepted=now.accepted + sum(done.stats.accepted for done in ended),
+                finished=now.finished + len(ended),
+            )
+
+    def _deliver(self, delta: Delta) -> None:
+        with self._wake:
+            client = self._clients.get(delta.request_id)
+            if delta.finished is not None:
+                self._clients.pop(delta.request_id, None)
+        if client is None:
+            return
+        try:
+            client.on_delta(delta)
+        except Exception:  # The client's own trouble; counted, and its request ends.
+            with self._wake:
+                self._stats = replace(self._stats, callback_errors=self._stats.callback_errors + 1)
+                self._clients.pop(delta.request_id, None)
+            if delta.finished is None:
+                self._engine.abort(delta.request_id)
+
+    def _abort(self, request_id: str) -> None:
+        finished = self._engine.abort(request_id)
+        with self._wake:
+            waiting = next((request for request in self._queue if request.request_id == request_id), None)
+            if waiting is not None:
+                self._queue.remove(waiting)
+                nothing = RequestStats(0, 0, 0, 0, (), (), -1, -1)
+                finished = Finished(request_id, (), "", "abort", nothing, None, len(waiting.prompt_ids))
+            if finished is None:
+                return
+            self._stats = replace(self._stats, aborted=self._stats.aborted + 1)
+        self._deliver(Delta(request_id, (), "", finished))
+
+    def _swap(self) -> None:
+        with self._wake:
+            apply, future = self._swaps.popleft()
+        started = self._clock()
+        try:
+            result = apply()
+        except Exception as exc:  # A refusal: the old weights and the old version stay.
+            with self._wake:
+                self._stats = replace(self._stats, swap_refusals=self._stats.swap_refusals + 1)
+            future.set_exception(exc)
+            return
+        self._engine.draft_version = result.version
+        pause = self._clock() - started
+        with self._wake:
+            now = self._stats
+            self._stats = replace(now, swaps=now.swaps + 1, last_pause_s=pause, max_pause_s=max(now.max_pause_s, pause))
+        future.set_result(replace(result, pause_s=pause))
+
+    def _release_everyone(self) -> None:
+        """Nobody waits for a loop that has ended."""
+        with self._wake:
+            if self._deadline is None:
+                self._deadline = self._clock()
+            clients, self._clients = self._clients, {}
+            swaps, self._swaps = self._swaps, deque()
+            self._queue.clear()
+            self._stats = replace(self._stats, failed=self._stats.failed + len(clients))
+        for client in clients.values():
+            if client.on_failed is None:
+                continue
+            try:
+                client.on_failed(self._stopped())
+            except Exception:  # As in `_deliver`: the others must still be told.
+                with self._wake:
+                    self._stats = replace(self._stats, callback_errors=self._stats.callback_errors + 1)
+        for _, future in swaps:
+            future.set_exception(self._stopped())
+
+    def _stopped(self) -> DecoderStopped:
+        """The error for those who wait or come too late, with the loop's own failure as its cause."""
+        if self.failure is None:
+            return DecoderStopped("the decoder is closing; retry the request")
+        error = DecoderStopped(f"the decoder died ({type(self.failure).__name__}: {self.failure}); retry the request")
+        error.__cause__ = self.failure
+        return error

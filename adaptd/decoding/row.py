@@ -1,0 +1,110 @@
+"""Host side of one request while it is decoded: tokens, text, counts, and when to stop."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection
+
+import torch
+
+from adaptd.decoding.capture import Words
+from adaptd.decoding.request import DecodeRequest, Detokenize, FinishReason, RequestStats
+from adaptd.decoding.text import TextStream
+
+
+class Row:
+    """A request in a slot of the decoder."""
+
+    __slots__ = (
+        "aborted",
+        "accepted",
+        "generator",
+        "last_emitted",
+        "prompt_len",
+        "request",
+        "stream",
+        "tokens",
+        "version_max",
+        "version_min",
+        "words",
+    )
+
+    def __init__(self, request: DecodeRequest, detokenize: Detokenize | None) -> None:
+        seed = request.params.seed
+        self.request = request
+        self.tokens = [int(token) for token in request.prompt_ids]
+        self.prompt_len = len(self.tokens)
+        self.generator = torch.Generator()
+        # A generator of its own: what shares the batch cannot shift this request's random numbers. Any integer is a
+        # seed; torch takes 63 bits of it.
+        self.generator.manual_seed(secrets.randbits(63) if seed is None else seed % (1 << 63))
+        self.stream = None if detokenize is None else TextStream(detokenize, request.params.stop)
+        self.words: list[Words] = []
+        self.accepted: list[int] = []
+        self.last_emitted = 0
+        self.version_min = self.version_max = -1
+        self.aborted = False
+
+    @property
+    def emitted(self) -> int:
+        """Response tokens so far."""
+        return len(self.tokens) - self.prompt_len
+
+    def commit(
+        self, ids: list[int], max_length: int, eos_ids: Collection[int], version: int
+    ) -> tuple[list[int], str, FinishReason | None]:
+        """Takes the tokens of a round and cuts those behind the answer's end.
+
+        Args:
+          ids: the accepted proposals and the token after them.
+          max_length: tokens of prompt and answer together at most.
+          eos_ids: tokens that end an answer.
+          version: version of the draft that proposed.
+        Returns: tokens kept, text released, and why the row ends (None: it goes on).
+        """
+        params = self.request.params
+        self.accepted.append(len(ids) - 1)
+        if self.version_min < 0:
+            self.version_min = version
+        self.version_max = version
+        reason: FinishReason | None = None
+        room = min(params.max_tokens - self.emitted, max_length - len(self.tokens))
+        if len(ids) >= room:
+            ids, reason = ids[:room], "length"
+        shown = ids
+        if not params.ignore_eos:
+            end = next((at for at, token in enumerate(ids) if token in eos_ids), None)
+            if end is not None:
+                ids, shown, reason = ids[: end + 1], ids[:end], "stop"
+        text = ""
+        if self.stream is not None:
+            text, needed = self.stream.push(shown)
+            if needed is not None:
+                ids, reason = ids[:needed], "stop"
+            elif reason is not None:
+                text += self.stream.flush()
+        self.tokens += ids
+        self.last_emitted = len(ids)
+        return ids, text, reason
+
+    def stats(self, k: int) -> RequestStats:
+        """Counts as `policies.acceptance.Profile` defines them: the last round counts up to the last token emitted."""
+        if not self.accepted:
+            return RequestStats(0, 0, 0, 0, (0,) * k, (0,) * k, self.version_min, self.version_max)
+        *earlier, last = self.accepted
+        accepted_at, reached_at = [0] * k, [0] * k
+        judged = [(a, a + 1) for a in earlier] + [(min(last, self.last_emitted), min(last + 1, self.last_emitted))]
+        for n_accepted, n_reached in judged:
+            for depth in range(min(n_reached, k)):
+                reached_at[depth] += 1
+                accepted_at[depth] += depth < n_accepted
+        return RequestStats(
+            rounds=len(self.accepted),
+            proposed=len(earlier) * k + min(k, self.last_emitted),
+            accepted=sum(accepted_at),
+            emitted=self.emitted,
+            accepted_at=tuple(accepted_at),
+            reached_at=tuple(reached_at),
+            draft_version_min=self.version_min,
+            draft_version_max=self.version_max,
+        )

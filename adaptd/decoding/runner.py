@@ -1,0 +1,91 @@
+"""One model with its ragged cache: a forward pass at given rows and positions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adaptd.models.cache import RaggedCache, additive_mask, attention_windows, prepare_attention
+
+
+class ModelRunner:
+    """Runs a causal language model over a `RaggedCache`.
+
+    Args:
+      model: Hugging Face causal LM, in eval mode, whose weights may change in place between two calls.
+      slots: rows of the cache.
+      capacity: positions a row.
+      max_length: longest sequence decoded.
+    Raises: ValueError: the model has fewer positions than `max_length`, or state that cannot be rolled back.
+    """
+
+    def __init__(self, model: nn.Module, *, slots: int, capacity: int, max_length: int) -> None:
+        config = cast(Any, model).config
+        text = config.get_text_config(decoder=True)
+        limit = getattr(text, "max_position_embeddings", None)
+        if limit is not None and max_length > limit:
+            raise ValueError(f"max_length ({max_length}) must be at most {limit}, the positions this model has")
+        prepare_attention(model)
+        self.model = model
+        self.vocab_size = int(text.vocab_size)
+        # The embedding decides the activations' precision; an adapter's parameters may be kept in another.
+        embedding = cast(Any, model).get_input_embeddings().weight
+        self.device: torch.device = embedding.device
+        self.dtype: torch.dtype = embedding.dtype
+        self.windows = attention_windows(config, max_length)
+        self.cache = RaggedCache(int(text.num_hidden_layers), slots, capacity, self.device)
+        self._last_position = max_length - 1
+        self._keep_last = {"logits_to_keep": 1} if _takes_logits_to_keep(model) else {}
+
+    def masks(self, positions: Tensor, length: int) -> dict[str, Tensor]:
+        """The model's masks for queries at `positions` [B, Q] over `length` cache positions, [B, 1, Q, length] each."""
+        return {kind: additive_mask(positions, length, window, self.dtype) for kind, window in self.windows.items()}
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        masks: Mapping[str, Tensor],
+        first: int,
+        length: int,
+        *,
+        last_only: bool,
+    ) -> Tensor:
+        """One pass that writes the cache.
+
+        Args:
+          tokens: int64 [B, Q], for rows first .. first + B - 1.
+          positions: int64 [B, Q], where each token stands.
+          masks: as `masks` gives them, for these queries.
+          first: first row.
+          length: cache positions seen.
+          last_only: only the last position's logits are needed.
+        Returns: logits [B, Q, V], or [B, 1, V] if only the last are needed; float32.
+        """
+        self.cache.point(first, positions, length)
+        mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
+        logits: Tensor = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            # Surplus positions behind the context's end are computed and thrown away; no table has an entry for them.
+            position_ids=positions.clamp(max=self._last_position),
+            past_key_values=self.cache,
+            use_cache=True,
+            **(self._keep_last if last_only else {}),
+        ).logits
+        return (logits[:, -1:] if last_only else logits).float()
+
+
+def columns(masks: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+    """The masks of queries first .. last - 1."""
+    return {kind: mask[:, :, first:last] for kind, mask in masks.items()}
+
+
+def _takes_logits_to_keep(model: nn.Module) -> bool:
+    """Whether the model can skip the output head at all but the last positions (an adapter passes the wish on)."""
+    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -1,0 +1,108 @@
+"""Sampling with the whole engine follows the target exactly. Statistical tests at fixed seeds, p > 0.01."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from adaptd.decoding.capture import CaptureConfig
+from adaptd.decoding.engine import SpeculativeDecoder
+from adaptd.decoding.request import DecodeRequest, SamplingParams
+from adaptd.decoding.sampling import RowParams, warp
+from tests.unit.decoding.tiny import disturb, make_draft, make_model, make_prompts, serve
+
+VOCAB, DRAWS = 8, 20_480
+PROMPT = [1, 6, 3, 3, 0]
+
+
+def exact_pairs(target: torch.nn.Module, params: SamplingParams) -> np.ndarray:
+    """Probability of each pair of first two tokens, [V, V], by enumeration."""
+    rows = RowParams.build([params], VOCAB, torch.device("cpu"))
+    with torch.no_grad():
+        first = warp(target(torch.tensor([PROMPT])).logits[:, -1], rows)[0].double()
+        after = target(torch.tensor([[*PROMPT, token] for token in range(VOCAB)])).logits[:, -1]
+    second = torch.cat([warp(row[None], rows) for row in after]).double()
+    return (first[:, None] * second).numpy()
+
+
+@pytest.mark.parametrize(
+    ("k", "params"),
+    [
+        (1, SamplingParams(temperature=1.0, max_tokens=2)),
+        (3, SamplingParams(temperature=0.8, top_p=0.9, top_k=6, max_tokens=2)),
+    ],
+    ids=["plain", "warped"],
+)
+def test_the_first_two_tokens_have_the_exact_joint_distribution_with_swaps_in_between(
+    k: int, params: SamplingParams
+) -> None:
+    """k = 1 spreads the two tokens over rounds, k = 3 puts them into one."""
+    target = make_model(vocab=VOCAB)
+    draft = make_draft(target, noise=0.06)
+    engine = SpeculativeDecoder(target, draft, k=k, max_batch=1024, max_length=16)
+    requests = [
+        DecodeRequest(str(seed), PROMPT, SamplingParams(**{**_fields(params), "seed": seed})) for seed in range(DRAWS)
+    ]
+
+    def swap(round_: int) -> None:
+        """To and fro between two drafts."""
+        if round_ % 5 == 0:
+            disturb(draft, 0.05 if round_ % 10 == 0 else -0.05, seed=3)
+
+    done = serve(engine, requests, swap)
+    accepted = sum(finished.stats.accepted for finished in done.values())
+    judged = sum(sum(finished.stats.reached_at) for finished in done.values())
+    assert 0.2 < accepted / judged < 0.95, "the test needs rejections and acceptances"
+
+    counts = np.zeros((VOCAB, VOCAB))
+    for finished in done.values():
+        counts[finished.token_ids] += 1
+    expected = exact_pairs(target, params)
+    assert counts[expected == 0].sum() == 0
+    likely = expected * DRAWS >= 5
+    observed = np.append(counts[likely], counts[~likely].sum())
+    wanted = np.append(expected[likely], expected[~likely].sum()) * DRAWS
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    assert len(observed) > 15
+    assert chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 0.01
+
+
+def _fields(params: SamplingParams) -> dict[str, object]:
+    return {name: getattr(params, name) for name in params.__slots__}
+
+
+PARAMS = [
+    SamplingParams(temperature=0.0, max_tokens=14),
+    SamplingParams(temperature=1.0, max_tokens=22, seed=5),
+    SamplingParams(temperature=0.7, top_p=0.9, max_tokens=9, seed=6),
+    SamplingParams(temperature=1.1, top_k=12, max_tokens=17, seed=7),
+]
+
+
+def test_what_shares_the_batch_does_not_change_a_requests_output() -> None:
+    """At a fixed seed a request decodes alone as it does in a full batch, greedy and sampled rows mixed."""
+    target = make_model(vocab=97)
+    draft = make_draft(target, noise=0.05)
+    requests = [
+        DecodeRequest(str(at), prompt, PARAMS[at % len(PARAMS)]) for at, prompt in enumerate(make_prompts(18, 97))
+    ]
+
+    def outputs(batch: int, capture: CaptureConfig | None) -> dict[str, tuple[int, ...]]:
+        engine = SpeculativeDecoder(target, draft, k=3, max_batch=batch, max_length=100, capture=capture)
+        return {name: finished.token_ids for name, finished in serve(engine, requests).items()}
+
+    alone = outputs(1, None)
+    assert outputs(7, CaptureConfig(k_top=4)) == alone
+    assert outputs(18, None) == alone
+
+
+def test_a_seed_repeats_a_request_and_another_seed_does_not() -> None:
+    target = make_model(vocab=97)
+    engine = SpeculativeDecoder(target, make_draft(target), k=3, max_batch=4, max_length=100)
+    requests = [
+        DecodeRequest(name, [1, 2, 3], SamplingParams(temperature=1.0, max_tokens=30, seed=seed))
+        for name, seed in (("a", 1), ("b", 1), ("c", -(2**70) - 5), ("d", None))
+    ]
+    done = serve(engine, requests)
+    assert done["a"].token_ids == done["b"].token_ids
+    assert len({done[name].token_ids for name in "acd"}) == 3
