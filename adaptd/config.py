@@ -90,6 +90,10 @@ class LearnConfig(_Section):
     """Steps over which the learning rate rises from zero."""
     clip: float = Field(1.0, gt=0)
     """Largest gradient norm."""
+    average_decay: float = Field(0.92, ge=0, lt=1)
+    """Decay a step of the moving average of weights that is judged and published; 0 for none."""
+    keep_anchors: bool = True
+    """On anchors follow the published draft instead of the target: learning without forgetting."""
     batch_traces: int = Field(16, ge=1)
     """Traces a step."""
     steps_per_tick: int = Field(8, ge=1)

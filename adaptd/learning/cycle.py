@@ -105,7 +105,9 @@ class LearnerCycle:
 
     def _start(self) -> None:
         """Stand at the published version, with the saved optimiser if it fits."""
-        if self._store.current() is not None:
+        if self._store.current() is None:
+            self._stand_at({})
+        else:
             self._follow_store()
         if self._state_file.is_file():
             try:
@@ -117,9 +119,13 @@ class LearnerCycle:
 
     def _follow_store(self) -> None:
         _, tensors = self._store.load(self._store.current() or 0)
+        self._stand_at(tensors)
+        self._learner.restart(tensors)
+
+    def _stand_at(self, tensors: Mapping[str, Tensor]) -> None:
         self._incumbent = tensors
         self._incumbent_scores.clear()
-        self._learner.restart(tensors)
+        self._learner.set_reference(tensors if self._learn.keep_anchors else None)
 
     def new_traces(self) -> int:
         """Traces inserted since the last tick that learned (an upper bound: expired ones count)."""
@@ -222,9 +228,9 @@ class LearnerCycle:
 
     def _decide(self, report: TickReport) -> None:
         samples = self._judged_samples()
-        candidate_state = self._learner.draft.state()
-        candidate = self._scores(samples)
-        incumbent = self._scores_of_incumbent(samples, candidate_state)
+        candidate_state = self._learner.average()
+        candidate = self._scored(samples, candidate_state)
+        incumbent = self._incumbent_scored(samples)
         verdict = judge(
             candidate,
             incumbent,
@@ -270,18 +276,21 @@ class LearnerCycle:
             for (stratum, s), p in zip(samples, found, strict=True)
         ]
 
-    def _scores_of_incumbent(
-        self, samples: Sequence[tuple[str, ReplaySample]], candidate: Mapping[str, Tensor]
-    ) -> list[Score]:
-        """Scores of the published version, each trace scored once; leaves the candidate's weights in place."""
+    def _scored(self, samples: Sequence[tuple[str, ReplaySample]], tensors: Mapping[str, Tensor]) -> list[Score]:
+        """Scores of a version; the learner's own weights are in place again afterwards."""
+        learning = self._learner.draft.state()
+        self._learner.draft.load(tensors)
+        try:
+            return self._scores(samples)
+        finally:
+            self._learner.draft.load(learning)
+
+    def _incumbent_scored(self, samples: Sequence[tuple[str, ReplaySample]]) -> list[Score]:
+        """Scores of the published version; each trace is scored once."""
         missing = [pair for pair in samples if pair[1].info.key not in self._incumbent_scores]
         if missing:
-            self._learner.draft.load(self._incumbent)
-            try:
-                for (_, sample), score in zip(missing, self._scores(missing), strict=True):
-                    self._incumbent_scores[sample.info.key] = score
-            finally:
-                self._learner.draft.load(candidate)
+            for (_, sample), score in zip(missing, self._scored(missing, self._incumbent), strict=True):
+                self._incumbent_scores[sample.info.key] = score
         return [dataclasses.replace(self._incumbent_scores[s.info.key], stratum=stratum) for stratum, s in samples]
 
     def _publish(
@@ -298,8 +307,7 @@ class LearnerCycle:
             window={"oldest": min(created), "newest": max(created), "learner_steps": self._learner.steps},
             config=self._identity.config,
         )
-        self._incumbent = tensors
-        self._incumbent_scores.clear()
+        self._stand_at(tensors)
         _log.info(
             events.CANDIDATE_PROMOTED,
             version=manifest.version,

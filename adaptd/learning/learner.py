@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaptd.learning.batch import collate, draft_logits
+from adaptd.learning.batch import Batch, collate, draft_logits
 from buffers.table import ReplaySample
 from policies.divergence import draft_with_tail, with_tail
 from policies.objectives import compute_objective
@@ -68,10 +68,21 @@ class DraftLearner:
       clip: largest gradient norm.
       max_tokens: longest sequence in a batch.
       priority: mode of the SurpriseRatio; tau: its threshold.
+      average_decay: of the moving average that is judged and published; 0 publishes the weights of the last step.
     """
 
     #: Keyword arguments of the constructor, the names of section `learn` of the configuration.
-    OPTIONS = ("objective", "lr", "weight_decay", "warmup_steps", "clip", "max_tokens", "priority", "tau")
+    OPTIONS = (
+        "objective",
+        "lr",
+        "weight_decay",
+        "warmup_steps",
+        "clip",
+        "max_tokens",
+        "priority",
+        "tau",
+        "average_decay",
+    )
 
     def __init__(
         self,
@@ -85,15 +96,17 @@ class DraftLearner:
         max_tokens: int = 384,
         priority: Mode = "surprise",
         tau: float = 1.0,
+        average_decay: float = 0.92,
     ) -> None:
         draft.prove_frozen()
         self.draft = draft
         self._objective, self._lr, self._warmup, self._clip = objective, lr, warmup_steps, clip
         self._max_tokens, self._priority, self._tau = max_tokens, priority, tau
-        self._weight_decay = weight_decay
+        self._weight_decay, self._average_decay = weight_decay, average_decay
         self._parameters = draft.trainable()
         self.steps = 0
         self.skipped_in_a_row = 0
+        self._reference: Mapping[str, Tensor] | None = None
         self._new_optimiser()
 
     def _new_optimiser(self) -> None:
@@ -101,12 +114,17 @@ class DraftLearner:
             self._parameters.values(), lr=self._lr, weight_decay=self._weight_decay, betas=(0.9, 0.98)
         )
         self._since_restart = 0
+        self._average = self.draft.state()
 
     def step(self, samples: Sequence[ReplaySample], weights: np.ndarray | None = None) -> StepReport:
         """One update on `samples`; `weights` [len(samples)] multiply each trace's positions (importance weights)."""
         started = time.perf_counter()
         device = next(iter(self._parameters.values())).device
         batch = collate([s.trace for s in samples], self._max_tokens, device)
+        kept = torch.tensor([s.info.stratum == "anchors" for s in samples], device=device)[batch.row[batch.judged]]
+        rows = batch.judged[kept] if self._reference is not None else batch.judged[:0]
+        # In front of the forward pass that learns: it needs the weights as they are when gradients are taken.
+        reference = self._reference_logprobs(batch, rows)
         logits = draft_logits(self.draft.model, batch)
         divergence = compute_objective(
             self._objective,
@@ -115,6 +133,9 @@ class DraftLearner:
             draft_logits=logits[batch.judged],
             token_ids=batch.token_ids[batch.judged],
         )
+        if len(rows):
+            moved = (reference.exp() * (reference - logits[rows].log_softmax(-1))).sum(-1)
+            divergence = divergence.masked_scatter(kept, moved)
         per_trace = torch.ones(len(samples)) if weights is None else torch.from_numpy(np.asarray(weights)).float()
         weight = per_trace.to(device)[batch.row[batch.judged]]
         loss = (divergence * weight).sum() / weight.sum()
@@ -129,6 +150,27 @@ class DraftLearner:
             priorities=self._priorities(samples, logits.detach(), batch.token_ids, batch.lengths) if applied else {},
         )
 
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: Batch, rows: Tensor) -> Tensor:
+        """log q_ref at `rows`, [len(rows), V]: what the reference version says on anchors."""
+        if not len(rows):
+            return torch.empty(0)
+        current = self.draft.state()
+        self.draft.load(self._reference or {})
+        try:
+            return draft_logits(self.draft.model, batch)[rows].log_softmax(-1)
+        finally:
+            self.draft.load(current)
+
+    def set_reference(self, tensors: Mapping[str, Tensor] | None) -> None:
+        """The version whose behaviour anchors preserve (empty: day 0); None: anchors follow the target like the rest.
+
+        Learning without forgetting (Li and Hoiem 2017): on anchors the loss is KL(q_ref || q) over the vocabulary, with
+        the published version as the teacher. The target could be the teacher there too, but on few anchors its samples
+        are learned by heart and held-out acceptance of old traffic falls.
+        """
+        self._reference = tensors
+
     def _apply(self, loss: Tensor) -> bool:
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -141,6 +183,11 @@ class DraftLearner:
         self._optimiser.step()
         self.steps += 1
         self._since_restart += 1
+        # Short memory at first, so that the average does not cling to where it started.
+        keep = min(self._average_decay, self._since_restart / (self._since_restart + 9))
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                self._average[name].lerp_(parameter, 1 - keep)
         return True
 
     def _priorities(
@@ -156,6 +203,10 @@ class DraftLearner:
             if len(r)
         }
 
+    def average(self) -> dict[str, Tensor]:
+        """The candidate: an exponential moving average of the weights (Polyak and Juditsky 1992), without a step's noise."""
+        return {name: tensor.clone() for name, tensor in self._average.items()}
+
     def restart(self, tensors: Mapping[str, Tensor]) -> None:
         """Go back to `tensors` (empty: day 0) with a fresh optimiser and a new warm-up."""
         self.draft.load(tensors)
@@ -168,6 +219,7 @@ class DraftLearner:
         for name, parameter in self._parameters.items():
             for key, value in self._optimiser.state.get(parameter, {}).items():
                 tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().clone()
+        tensors |= {f"average/{name}": t for name, t in self.average().items()}
         return tensors | {"steps": torch.tensor([self.steps, self._since_restart])}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -187,4 +239,5 @@ class DraftLearner:
             }
             if moments:
                 self._optimiser.state[parameter] = moments
+        self._average = {name: tensors[f"average/{name}"].clone() for name in weights}
         self.steps, self._since_restart = (int(v) for v in tensors["steps"])

@@ -90,3 +90,37 @@ def test_state_of_another_scope_is_refused() -> None:
     other = DraftLearner(adapted("lora"), objective="forward_kl", lr=1e-2)
     with pytest.raises(ValueError, match="another adaptation scope"):
         learner.load_state(other.state())
+
+
+def test_anchors_hold_the_draft_at_the_reference(decode: Decode) -> None:
+    """At the reference the anchor loss is zero; away from it, anchors alone bring the draft back towards it."""
+    draft = adapted()
+    samples = samples_of(decode(draft.model, 16, temperature=1.0))
+    anchors = [s._replace(info=s.info._replace(stratum="anchors")) for s in samples]
+    learner = DraftLearner(draft, objective="forward_kl", lr=1e-2)
+    learner.set_reference({})
+    assert learner.step(anchors).loss == pytest.approx(0.0, abs=1e-6)
+    learner.restart({})
+    for _ in range(20):
+        learner.step(samples)
+    moved = learner.step(anchors).loss
+    for _ in range(30):
+        back = learner.step(anchors).loss
+    assert moved > 0.01
+    assert back < 0.5 * moved
+
+
+def test_the_average_trails_the_weights_and_starts_where_they_start(decode: Decode) -> None:
+    draft = adapted()
+    samples = samples_of(decode(draft.model, 8, temperature=1.0))
+    learner = DraftLearner(draft, objective="forward_kl", lr=1e-2, average_decay=0.9)
+    start = draft.state()
+    assert all(torch.equal(start[n], t) for n, t in learner.average().items())
+    for _ in range(5):
+        learner.step(samples)
+    now, mean = draft.state(), learner.average()
+    far = sum((now[n] - start[n]).norm() for n in now)
+    assert 0 < sum((mean[n] - start[n]).norm() for n in now) < far
+    plain = DraftLearner(adapted(), objective="forward_kl", lr=1e-2, average_decay=0.0)
+    plain.step(samples)
+    assert all(torch.equal(plain.draft.state()[n], t) for n, t in plain.average().items())

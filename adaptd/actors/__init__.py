@@ -1,0 +1,1 @@
+"""Thin Ray actors over the decode loop and the learner cycle."""

@@ -1,0 +1,70 @@
+"""The learner actor: a learner cycle behind Ray calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import ray
+
+from adaptd import log
+from adaptd.actors.parts import load_draft, placement
+from adaptd.actors.threads import set_threads
+from adaptd.config import Config
+from adaptd.learning.cycle import LearnerCycle
+from adaptd.learning.learner import DraftLearner
+from buffers.errors import TableUnavailable
+from buffers.open import open_table
+from checkpoints.store import CheckpointStore
+from policies.triggers import LearnTrigger
+
+#: The learner yields to decoders on the same cores.
+_NICENESS = 10
+
+
+class LearnerActor:
+    """The one learner. `tick` runs in the default group; `status` answers from another while it runs."""
+
+    def __init__(self, config: Config, buffer_url: str) -> None:
+        log.configure(config.log.level, config.log.style)
+        set_threads(config.learn.threads, _NICENESS)
+        device, _ = placement(config, config.ray.learner_gpus)
+        draft, identity = load_draft(config, device, "float32", serving=False)
+        learner = DraftLearner(draft, **config.learn.model_dump(include=set(DraftLearner.OPTIONS)))
+        self._cycle = LearnerCycle(
+            open_table(buffer_url, config.deployment, **config.buffer.model_dump(exclude={"url"})),
+            CheckpointStore(config.home / "checkpoints"),
+            learner,
+            identity,
+            learn=config.learn,
+            gate=config.gate,
+            k=config.engine.k,
+            state_file=config.home / "learner" / "state.safetensors",
+            rng=np.random.default_rng(config.seed),
+        )
+        self._keep = config.checkpoints.keep
+        self._trigger = LearnTrigger(config.learn.min_new_traces, config.learn.interval_s)
+
+    def tick(self, drifted: bool, since_last_s: float) -> dict[str, Any] | None:
+        """Learn if a trigger is due; the report of the tick, or None. Raises nothing for an unreachable buffer."""
+        if drifted:
+            self._cycle.drifted()
+        try:
+            reason = self._trigger.due(self._cycle.new_traces(), since_last_s, drifted)
+            return dataclasses.asdict(self._cycle.tick(reason, self._keep)) if reason else None
+        except TableUnavailable:
+            return None
+
+    def rollback(self, reason: str) -> dict[str, Any]:
+        """Publish the parent's tensors as a new version; waits for a running tick."""
+        return dataclasses.asdict(self._cycle.rollback(reason))
+
+    def promote(self, version: int) -> dict[str, Any]:
+        """Publish an earlier version again; waits for a running tick."""
+        return dataclasses.asdict(self._cycle.promote(version))
+
+    @ray.method(concurrency_group="control")
+    def status(self) -> dict[str, Any]:
+        """Counters and last ticks, also while a tick runs."""
+        return self._cycle.status()

@@ -1,0 +1,65 @@
+"""What a decoder and the learner both build from the configuration: the models and the identity of their checkpoints."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adaptd.config import Config
+from adaptd.learning.cycle import Identity
+from adaptd.models import load
+from adaptd.models.scope import AdaptedDraft, ScopeConfig
+
+
+class Pair(NamedTuple):
+    """A target, its draft and their tokenizer."""
+
+    target: PreTrainedModel
+    draft: AdaptedDraft
+    tokenizer: PreTrainedTokenizerBase
+    identity: Identity
+
+
+def placement(config: Config, gpus: float) -> tuple[str, str]:
+    """Device and dtype for a process that was given `gpus` of a GPU."""
+    device = config.engine.device
+    if device == "auto":
+        device = "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
+    dtype = config.engine.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return device, dtype
+
+
+def load_draft(config: Config, device: str, dtype: str, *, serving: bool) -> tuple[AdaptedDraft, Identity]:
+    """The adapted draft at day 0, and what its checkpoints must match."""
+    folder = load.resolve(config.draft.model, "draft")
+    base = load.load_draft(folder, dtype=dtype, device=device)
+    scope = ScopeConfig(**config.adapt.model_dump(), seed=config.seed)
+    draft = AdaptedDraft(base.model, scope, serving=serving, base_id=base.base_id)
+    identity = Identity(
+        base_id=draft.base_id,
+        tokenizer_hash=load.tokenizer_hash(load.load_tokenizer(folder)),
+        scope=draft.scope,
+        scope_config=draft.scope_config,
+        config=config.model_dump(mode="json", include={"deployment", "adapt", "learn", "gate", "draft", "target"}),
+    )
+    return draft, identity
+
+
+def load_pair(config: Config, gpus: float) -> Pair:
+    """Target and serving draft for a decoder.
+
+    Raises:
+      VocabularyMismatch: the two do not share one vocabulary.
+    """
+    device, dtype = placement(config, gpus)
+    folder = load.resolve(config.target.model, "target")
+    target = load.load_causal_lm(folder, dtype=dtype, device=device)
+    tokenizer = load.load_tokenizer(folder)
+    draft, identity = load_draft(config, device, dtype, serving=True)
+    draft_tokenizer = load.load_tokenizer(load.resolve(config.draft.model, "draft"))
+    load.check_same_vocabulary(target, draft.model, tokenizer, draft_tokenizer)
+    return Pair(target, draft, tokenizer, identity)

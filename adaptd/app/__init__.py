@@ -1,0 +1,1 @@
+"""The composition root: cluster, buffer, actors, scheduler, HTTP."""

@@ -1,0 +1,97 @@
+"""Prometheus metrics of the daemon, prefix `adaptd_`; base units, counters end in `_total`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from adaptd import __version__
+
+if TYPE_CHECKING:
+    from adaptd.app.daemon import Daemon
+
+
+class Metrics:
+    """Collects from the daemon's own counters at every scrape; nothing is counted twice."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def expose(self) -> bytes:
+        """The text exposition."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry."""
+        daemon = self._daemon
+        info = GaugeMetricFamily("adaptd_build_info", "Version of the daemon.", labels=["version", "deployment"])
+        info.add_metric([__version__, daemon.config.deployment], 1)
+        yield info
+        yield _gauge("adaptd_uptime_seconds", "Seconds since the daemon started.", time.time() - daemon.started_at)
+        yield _gauge("adaptd_draft_version", "Live draft version; 0 is day 0.", daemon.store.current() or 0)
+        yield from self._requests()
+        snapshot = daemon.snapshot
+        if snapshot is not None:
+            yield from _snapshot(snapshot)
+
+    def _requests(self) -> Iterator[Metric]:
+        names = {
+            "requests": ("adaptd_requests_total", "Requests answered."),
+            "tokens": ("adaptd_tokens_total", "Tokens emitted."),
+            "rounds": ("adaptd_rounds_total", "Verification rounds; tokens per round is the mean acceptance length."),
+            "proposed": ("adaptd_proposed_tokens_total", "Tokens proposed by the draft."),
+            "accepted": ("adaptd_accepted_tokens_total", "Proposed tokens that were accepted."),
+        }
+        totals = self._daemon.monitor.totals()
+        for key, (name, text) in names.items():
+            family = CounterMetricFamily(name, text, labels=["domain"])
+            for domain, counts in totals.items():
+                family.add_metric([domain], counts[key])
+            yield family
+        family = CounterMetricFamily("adaptd_drift_events_total", "Drift events.", labels=["domain"])
+        for domain, count in self._daemon.monitor.drifts.items():
+            family.add_metric([domain], count)
+        yield family
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)
+
+
+def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
+    """What only the actors and the buffer know, from the last status that was gathered."""
+    decoders: list[dict[str, dict[str, float]]] = status["decoders"]  # type: ignore[assignment]
+    yield _gauge("adaptd_decoders_up", "Decoder actors that take requests.", len(decoders))
+    for key, text in (("written", "Traces written."), ("dropped", "Traces dropped before the buffer.")):
+        yield _counter(f"adaptd_traces_{key}_total", text, sum(d["writer"][key] for d in decoders))
+    for key, text in (("swaps", "Hot swaps."), ("refusals", "Checkpoints refused at a swap.")):
+        yield _counter(f"adaptd_swap_{key}_total", text, sum(d["swap"][key] for d in decoders))
+    pauses = [d["swap"]["max_pause_s"] for d in decoders]
+    yield _gauge("adaptd_swap_pause_seconds_max", "Longest pause of a hot swap.", max(pauses, default=0.0))
+    buffer: dict[str, object] = status["buffer"]  # type: ignore[assignment]
+    yield _gauge("adaptd_buffer_available", "1 if the replay buffer answers.", float(bool(buffer["available"])))
+    if buffer["available"]:
+        family = GaugeMetricFamily("adaptd_buffer_traces", "Traces in the replay buffer.", labels=["stratum"])
+        for stratum, size in buffer["sizes"].items():  # type: ignore[attr-defined]
+            family.add_metric([stratum], size)
+        yield family
+    learner: dict[str, float] | None = status["learner"]  # type: ignore[assignment]
+    if learner is not None:
+        for key, text in (
+            ("steps", "Optimiser steps."),
+            ("skipped_steps", "Steps whose loss was not finite."),
+            ("promoted", "Candidates promoted."),
+            ("rejected", "Candidates rejected."),
+            ("restarts", "Restarts of the learner from a published version."),
+        ):
+            yield _counter(f"adaptd_learner_{key}_total", text, learner[key])

@@ -1,0 +1,139 @@
+"""`adaptd`: serve, look, evaluate, manage checkpoints, check the installation, see the demonstration.
+
+Exit codes: 0 ok, 1 failure, 2 usage, 69 upstream unavailable, 75 try again, 78 bad configuration.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adaptd import __version__
+from adaptd.cli import checkpoints
+from adaptd.cli.common import ConfigFile, JsonFile, JsonFlag, Sets, load_config, print_json, write_result
+from adaptd.errors import AdaptdError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Keep the draft model of a speculative-decoding deployment in tune with its live traffic.",
+)
+app.add_typer(checkpoints.app, name="checkpoints", help="List, show, promote and roll back draft versions.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"adaptd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Keep the draft model of a speculative-decoding deployment in tune with its live traffic."""
+
+
+@app.command()
+def serve(
+    config: ConfigFile = None,
+    sets: Sets = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the resolved configuration and exit.")] = False,
+) -> None:
+    """Serve the OpenAI-compatible API and adapt the draft to what it sees."""
+    settings = load_config(config, sets)
+    if dry_run:
+        print_json(settings.model_dump(mode="json"))
+        return
+    from adaptd.app.serve import run
+
+    run(settings)
+
+
+@app.command()
+def status(
+    config: ConfigFile = None,
+    sets: Sets = None,
+    as_json: JsonFlag = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Redraw every two seconds until interrupted.")] = False,
+) -> None:
+    """Show acceptance, drift, learner, buffer and swaps of the running daemon."""
+    from adaptd.cli.status import show
+
+    show(load_config(config, sets), as_json=as_json, watch=watch)
+
+
+@app.command("eval")
+def evaluate(
+    prompts: Annotated[Path, typer.Argument(help="JSON Lines with `prompt` and optionally `domain`; .gz accepted.")],
+    config: ConfigFile = None,
+    sets: Sets = None,
+    version: Annotated[int | None, typer.Option(help="Draft version; 0 is day 0.", show_default="the live one")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First N prompts only.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    result: JsonFile = None,
+) -> None:
+    """Measure MAL and token acceptance of a draft version, by depth and by domain, by real decoding."""
+    settings = load_config(config, sets)
+    from adaptd.app.evaluate import run
+    from adaptd.report.tables import evaluation_table, show
+
+    found = run(settings, prompts, version=version, limit=limit, temperature=temperature, max_tokens=max_tokens)
+    show(evaluation_table(found))
+    if result is not None:
+        write_result(result, found, settings)
+
+
+@app.command()
+def doctor(config: ConfigFile = None, sets: Sets = None, as_json: JsonFlag = False) -> None:
+    """Check models, vocabulary, template, disk, Redis, Ray and GPU memory, each with its remedy."""
+    settings = load_config(config, sets)
+    from adaptd.app.doctor import run
+    from adaptd.report.tables import doctor_table, show
+
+    checks = run(settings)
+    if as_json:
+        print_json([check._asdict() for check in checks])
+    else:
+        show(doctor_table(checks))
+    if any(check.state == "failed" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="A shorter run, under 90 seconds.")] = False,
+    result: JsonFile = None,
+    report: Annotated[Path, typer.Option(help="Folder for the PNG and HTML report.")] = Path("adaptd-demo"),
+    config: ConfigFile = None,
+    sets: Sets = None,
+) -> None:
+    """Watch the shipped draft lose acceptance when traffic changes, and win it back by itself."""
+    from adaptd.app.demo import run, settings_for
+
+    settings = settings_for(config, sets)
+    found = run(settings, quick=quick, report=report)
+    if result is not None:
+        write_result(result, found, settings)
+
+
+def main() -> None:
+    """Run the command line; expected errors are one line on standard error and their exit code."""
+    try:
+        app()
+    except AdaptdError as error:
+        typer.echo(f"adaptd: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

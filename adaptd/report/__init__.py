@@ -1,0 +1,1 @@
+"""What the daemon tells people: live windows, status tables, charts, the demo page."""

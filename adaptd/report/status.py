@@ -1,0 +1,146 @@
+"""The status of a daemon as rich tables: `adaptd status`, and the live display of the demonstration."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+
+from adaptd.report.tables import gain, number, percent
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def spark(values: list[float], low: float, high: float) -> str:
+    """A line of block characters between `low` and `high`."""
+    span = max(high - low, 1e-9)
+    return "".join(_BARS[1 + min(7, max(0, int((v - low) / span * 8)))] for v in values)
+
+
+def _age(seconds: float | None) -> str:
+    if seconds is None:
+        return "day 0"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def acceptance_table(acceptance: dict[str, Any], k: int) -> Table:
+    """MAL and token acceptance by domain and window, with a sparkline."""
+    table = Table(title="acceptance", expand=True)
+    for column in (
+        "domain",
+        "requests",
+        "MAL now",
+        "1 h",
+        "24 h",
+        "accepted now",
+        "1 h",
+        "24 h",
+        "by depth",
+        "MAL, recent requests",
+    ):
+        table.add_column(
+            column, justify="left" if column in ("domain", "MAL, recent requests") else "right", no_wrap=True
+        )
+    for name, row in [*acceptance["domains"].items(), ("all", acceptance)]:
+        line = row.get("sparkline", [])
+        table.add_row(
+            name,
+            str(row["24h"]["requests"]),
+            number(row["now"]["mal"]),
+            number(row["1h"]["mal"]),
+            number(row["24h"]["mal"]),
+            percent(row["now"]["token_acceptance"]),
+            percent(row["1h"]["token_acceptance"]),
+            percent(row["24h"]["token_acceptance"]),
+            " ".join("-" if v is None else f"{v:.0%}" for v in row["now"]["by_depth"]),
+            spark(line, 1.0, max([*line, 1.0 + k / 2])),
+        )
+    return table
+
+
+def _draft_row(status: dict[str, Any]) -> str:
+    draft = status["draft"]
+    live = sorted({d["draft_version"] for d in status["decoders"]}) or ["none up"]
+    return f"version {draft['version']} ({_age(draft['age_s'])}), scope {draft['scope']}; decoders at {', '.join(map(str, live))}"
+
+
+def _buffer_row(buffer: dict[str, Any]) -> str:
+    if not buffer["available"]:
+        return f"[red]unavailable[/]: {buffer['error']} (serving goes on)"
+    strata = ", ".join(f"{name} {size:,}" for name, size in buffer["sizes"].items())
+    refused = sum(buffer["refused_total"].values())
+    return f"{strata}; {buffer['stored_bytes'] / 2**20:.1f} MiB; inserted {buffer['inserted_total']:,}, refused {refused:,}"
+
+
+def _writer_row(decoders: list[dict[str, Any]]) -> str:
+    total = {key: sum(d["writer"][key] for d in decoders) for key in ("written", "dropped", "pending")}
+    return f"written {total['written']:,}, dropped {total['dropped']:,}, pending {total['pending']:,}"
+
+
+def _learner_row(learner: dict[str, Any] | None) -> str:
+    if learner is None:
+        return "off (learn.enabled is false)"
+    return (
+        f"{learner['steps']:,} steps in {learner['ticks']:,} ticks, last loss {number(learner['last_loss'], 3)}, "
+        f"promoted {learner['promoted']}, rejected {learner['rejected']}, restarts {learner['restarts']}"
+    )
+
+
+def _swap_row(decoders: list[dict[str, Any]]) -> str:
+    swaps = sum(d["swap"]["swaps"] for d in decoders)
+    refusals = sum(d["swap"]["refusals"] for d in decoders)
+    pause = max((d["swap"]["max_pause_s"] for d in decoders), default=0.0)
+    return f"{swaps} swaps, {refusals} refused, longest pause {pause * 1e3:.1f} ms"
+
+
+def _drift_row(drift: dict[str, Any]) -> str:
+    parts = [f"{name} {state['mean']:.0%} (n {state['n']})" for name, state in drift["state"].items()]
+    last = drift["events"][-1] if drift["events"] else None
+    tail = (
+        ""
+        if last is None
+        else f"; last: {last['domain']} {last['direction']} {last['before']:.0%} to {last['after']:.0%}"
+    )
+    return (", ".join(parts) or "no requests yet") + tail
+
+
+def verdict_table(learner: dict[str, Any] | None) -> Table:
+    """The last gate verdicts with their intervals."""
+    table = Table(title="last gate verdicts", expand=True)
+    for column in ("when", "trigger", "loss", "gain", "verdict"):
+        table.add_column(column)
+    for tick in reversed((learner or {}).get("history", [])[-5:]):
+        verdict = tick["verdict"] or {}
+        outcome = f"version {tick['published']}" if tick["published"] else verdict.get("reason", "no verdict")
+        when = time.strftime("%H:%M:%S", time.localtime(tick["at"]))
+        table.add_row(when, tick["reason"], number(tick["loss"], 3), gain(verdict), outcome)
+    return table
+
+
+def render(status: dict[str, Any]) -> RenderableType:
+    """The whole status."""
+    head = Table(show_header=False, box=None, expand=True)
+    head.add_column("key", style="bold", no_wrap=True)
+    head.add_column("value")
+    rows = {
+        "engine": f"{status['engine']}, k = {status['k']}, up {_age(status['uptime_s'])}, {status['in_flight']} in flight",
+        "draft": _draft_row(status),
+        "drift": _drift_row(status["acceptance"]["drift"]),
+        "buffer": _buffer_row(status["buffer"]),
+        "traces": _writer_row(status["decoders"]),
+        "learner": _learner_row(status["learner"]),
+        "swaps": _swap_row(status["decoders"]),
+    }
+    for key, value in rows.items():
+        head.add_row(key, value)
+    return Group(
+        Panel(head, title=f"adaptd {status['adaptd_version']}: {status['deployment']}"),
+        acceptance_table(status["acceptance"], status["k"]),
+        verdict_table(status["learner"]),
+    )

@@ -1,0 +1,132 @@
+"""rich tables for results that are printed once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from checkpoints.manifest import Manifest
+
+
+def show(*items: RenderableType) -> None:
+    """Print to standard output."""
+    console = Console()
+    for item in items:
+        console.print(item)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """A share in percent, or a dash."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def gain(verdict: dict[str, Any] | None) -> str:
+    """The interval of a gate verdict's gain."""
+    found = (verdict or {}).get("gain")
+    return "-" if not found else f"{found['mean']:+.1%} [{found['low']:+.1%}, {found['high']:+.1%}]"
+
+
+def evaluation_table(found: dict[str, Any]) -> Table:
+    """`adaptd eval`: a row per domain, and all of them."""
+    table = Table(title=f"draft version {found['draft_version']}, k = {found['k']}, temperature {found['temperature']}")
+    for column in ("domain", "requests", "MAL", "token acceptance", "block acceptance", "by depth"):
+        table.add_column(column, justify="left" if column == "domain" else "right")
+    for name, row in [*found["by_domain"].items(), ("all", found["overall"])]:
+        table.add_row(
+            name,
+            str(row["requests"]),
+            number(row["mal"]),
+            percent(row["token_acceptance"]),
+            percent(row["block_acceptance"]),
+            " ".join(percent(v) for v in row["by_depth"]),
+        )
+    return table
+
+
+def doctor_table(checks: Sequence[Any]) -> Table:
+    """`adaptd doctor`: a row per check, with the remedy of those that did not pass."""
+    table = Table(title="adaptd doctor")
+    for column in ("check", "state", "found", "remedy"):
+        table.add_column(column)
+    styles = {"ok": "green", "warning": "yellow", "failed": "red"}
+    for check in checks:
+        table.add_row(check.name, f"[{styles[check.state]}]{check.state}[/]", check.found, check.remedy)
+    return table
+
+
+def versions_table(versions: Sequence[Manifest], current: int | None) -> Table:
+    """`adaptd checkpoints list`."""
+    table = Table(title="draft versions")
+    for column in ("version", "parent", "age", "scope", "gate: gain", "note"):
+        table.add_column(column)
+    for m in versions:
+        mark = " *" if m.version == current else ""
+        age = f"{(time.time() - m.created_at) / 60:.0f} min"
+        table.add_row(f"{m.version}{mark}", str(m.parent or "-"), age, m.scope, gain(dict(m.gate or {})), m.note)
+    return table
+
+
+def version_table(m: Manifest) -> Table:
+    """`adaptd checkpoints show`."""
+    table = Table(title=f"draft version {m.version}", show_header=False)
+    table.add_column("key")
+    table.add_column("value")
+    rows = {
+        "parent": m.parent or "-",
+        "created": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(m.created_at)),
+        "scope": f"{m.scope} {m.scope_config}",
+        "base draft": m.base_id[:16],
+        "tokenizer": m.tokenizer_hash[:16],
+        "tensors": f"{len(m.tensors)}, {sum(_size(t.shape) for t in m.tensors):,} values",
+        "gate": gain(dict(m.gate or {})),
+        "verdict": (m.gate or {}).get("reason", "-"),
+        "window": m.window,
+        "note": m.note or "-",
+    }
+    for key, value in rows.items():
+        table.add_row(key, str(value))
+    return table
+
+
+def _size(shape: Sequence[int]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def demo_table(result: dict[str, Any]) -> Table:
+    """`adaptd demo`: MAL by phase, first hundred requests against last hundred, adapting against frozen."""
+    table = Table(title=f"mean acceptance length by phase; {result['swaps']} swaps in {result['seconds']} s")
+    for column in (
+        "phase",
+        "requests",
+        "frozen first 100",
+        "adapting first 100",
+        "frozen last 100",
+        "adapting last 100",
+        "ratio, last 100",
+    ):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for index, row in enumerate(result["phases"], start=1):
+        adapting, frozen = row["adapting"], row["frozen"]
+        ratio = adapting["last_100_mal"] / frozen["last_100_mal"] if frozen["last_100_mal"] else None
+        table.add_row(
+            f"{index} {row['domain']}",
+            str(row["requests"]),
+            number(frozen["first_100_mal"]),
+            number(adapting["first_100_mal"]),
+            number(frozen["last_100_mal"]),
+            number(adapting["last_100_mal"]),
+            number(ratio),
+        )
+    return table

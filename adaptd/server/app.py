@@ -1,0 +1,37 @@
+"""The HTTP application: routes, error bodies and middleware around a `Service`. It owns nothing and starts nothing."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from adaptd import __version__
+from adaptd.server import completions, errors, operations
+from adaptd.server.middleware import RequestContext
+from adaptd.server.service import Service
+
+#: Longest request body: a context of a million tokens as text is about 4 MiB.
+MAX_BODY_BYTES = 16 * 2**20
+
+
+def create_app(
+    service: Service,
+    *,
+    admin_token: str | None = None,
+    admin_remote: bool = False,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> FastAPI:
+    """The application in front of `service`.
+
+    Args:
+        service: the daemon behind the routes.
+        admin_token: bearer token of the routes under /adaptd/checkpoints; None (or empty) refuses them all.
+        admin_remote: whether those routes answer other machines as well.
+        max_body_bytes: a longer request body is refused with 413.
+    """
+    # The interactive documentation pages load scripts from elsewhere, so only the machine-readable schema is served.
+    app = FastAPI(title="adaptd", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app.add_middleware(RequestContext, max_body_bytes=max_body_bytes)
+    errors.install(app)
+    app.include_router(completions.router(service))
+    app.include_router(operations.router(service, admin_token=admin_token or None, admin_remote=admin_remote))
+    return app

@@ -1,0 +1,162 @@
+"""Everything beside generation: models, health, metrics, status, checkpoints and the dashboard."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import ipaddress
+import re
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from adaptd.errors import RequestRefused, UnknownModel
+from adaptd.server.service import Service
+
+#: Seconds after which a probe or a client may ask a daemon again that is loading or draining.
+_RETRY_S = 1
+#: `created` of a model in /v1/models; a constant, because OpenAI requires the field and nothing reads it.
+_CREATED = 1_700_000_000
+
+
+class AdminUnauthorized(RequestRefused):
+    """An administrative request without a bearer token."""
+
+    status = 401
+    type = "authentication_error"
+    code = "unauthorized"
+
+
+class AdminForbidden(RequestRefused):
+    """An administrative request with another token, from another machine, or to a daemon that takes none."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class PromoteRequest(BaseModel):
+    """Body of POST /adaptd/checkpoints/promote."""
+
+    version: int = Field(ge=1)
+
+
+def router(service: Service, *, admin_token: str | None, admin_remote: bool) -> APIRouter:
+    """The routes in front of `service`; see `adaptd.server.app.create_app` for the arguments."""
+    routes = APIRouter()
+    _models(routes, service)
+    _health(routes, service)
+    _status(routes, service)
+    _checkpoints(routes, service, admin_token, admin_remote)
+    return routes
+
+
+def _models(routes: APIRouter, service: Service) -> None:
+    def card(name: str) -> dict[str, Any]:
+        context = service.limits().context_length
+        return {"id": name, "object": "model", "created": _CREATED, "owned_by": "adaptd", "max_model_len": context}
+
+    @routes.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [card(name) for name in service.models()]})
+
+    @routes.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name not in service.models():
+            raise UnknownModel(
+                f"the model {name[:100]!r} does not exist; this daemon serves {', '.join(service.models())}"
+            )
+        return JSONResponse(card(name))
+
+
+def _health(routes: APIRouter, service: Service) -> None:
+    @routes.get("/livez")
+    async def livez() -> Response:
+        return JSONResponse({"status": "live"})
+
+    @routes.get("/readyz")
+    @routes.get("/healthz")
+    async def readyz() -> Response:
+        ready, state = service.ready()
+        if ready:
+            return JSONResponse({"status": "ready", "state": state})
+        return JSONResponse({"status": "not ready", "state": state}, 503, {"retry-after": str(_RETRY_S)})
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _status(routes: APIRouter, service: Service) -> None:
+    page, policy = _dashboard()
+
+    @routes.get("/adaptd/status")
+    async def status(since: Annotated[str | None, Query(max_length=32)] = None) -> Response:
+        return JSONResponse(dict(await service.status(since)), headers={"cache-control": "no-store"})
+
+    @routes.get("/")
+    async def dashboard() -> Response:
+        return HTMLResponse(page, headers={"content-security-policy": policy, "cache-control": "no-cache"})
+
+
+def _checkpoints(routes: APIRouter, service: Service, token: str | None, remote: bool) -> None:
+    async def administrator(request: Request) -> None:
+        _authorise(request, token, remote)
+
+    guarded = [Depends(administrator)]
+
+    @routes.get("/adaptd/checkpoints", dependencies=guarded)
+    async def checkpoints() -> Response:
+        return JSONResponse({"versions": [dict(version) for version in await service.checkpoints_list()]})
+
+    @routes.post("/adaptd/checkpoints/promote", dependencies=guarded)
+    async def promote(body: PromoteRequest) -> Response:
+        return JSONResponse(dict(await service.promote(body.version)))
+
+    @routes.post("/adaptd/checkpoints/rollback", dependencies=guarded)
+    async def rollback() -> Response:
+        return JSONResponse(dict(await service.rollback()))
+
+
+def _authorise(request: Request, token: str | None, remote: bool) -> None:
+    """Raise unless the request comes from this machine (or may come from elsewhere) with the right bearer token."""
+    if token is None:
+        raise AdminForbidden("administration is off because no token is set; set server.admin_token and restart")
+    if not remote and not _is_local(request):
+        raise AdminForbidden("administration is only open to this machine; use it from there")
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not given:
+        raise AdminUnauthorized("no bearer token was sent; send `authorization: Bearer TOKEN` with server.admin_token")
+    if not hmac.compare_digest(given.strip().encode(), token.encode()):
+        raise AdminForbidden("the bearer token is not server.admin_token")
+
+
+def _is_local(request: Request) -> bool:
+    """Whether the peer is this machine; a Unix socket has no address and is."""
+    if request.client is None or not request.client.host:
+        return True
+    try:
+        address = ipaddress.ip_address(request.client.host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def _dashboard() -> tuple[str, str]:
+    """The page, and a policy that lets it run its own script and style, talk to this server, and nothing else."""
+    page = resources.files("adaptd.server").joinpath("dashboard.html").read_text(encoding="utf-8")
+
+    def hashes(tag: str) -> str:
+        bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(b.encode()).digest()).decode()}'" for b in bodies)
+
+    policy = (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page, policy

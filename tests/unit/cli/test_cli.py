@@ -1,0 +1,73 @@
+"""The command line: exit codes and messages, run as a program."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "adaptd.cli.main"]
+
+
+def run(home: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "ADAPTD_STATE_DIR": str(home)}
+    return subprocess.run([*COMMAND, *args], env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_status_says_plainly_that_no_daemon_runs(tmp_path: Path) -> None:
+    found = run(tmp_path, "status")
+    assert found.returncode == 69
+    assert "no adaptd daemon runs" in found.stderr
+    assert "adaptd serve" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["serve", "--set", "engine.kk=3"], 78, "the nearest is 'engine.k'"),
+        (["serve", "--config", "/nonexistent.yaml"], 78, "cannot be read"),
+        (["frobnicate"], 2, "No such command"),
+        (["eval", "/nonexistent.jsonl"], 1, "cannot be read"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_its_exit_code(
+    tmp_path: Path, args: list[str], code: int, message: str
+) -> None:
+    found = run(tmp_path, *args)
+    assert found.returncode == code
+    assert message in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_an_unwritable_state_dir_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    found = run(tmp_path / "file", "serve", "--set", "server.port=0")
+    assert found.returncode == 78
+    assert "cannot be written" in found.stderr
+    assert "state_dir" in found.stderr
+
+
+def test_a_port_in_use_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        found = run(tmp_path, "serve", "--set", f"server.port={taken.getsockname()[1]}")
+    assert found.returncode == 1
+    assert "server.port" in found.stderr
+
+
+def test_dry_run_prints_the_resolved_configuration(tmp_path: Path) -> None:
+    found = run(tmp_path, "serve", "--dry-run", "--set", "engine.k=7")
+    assert json.loads(found.stdout)["engine"]["k"] == 7
+
+
+def test_checkpoints_of_an_empty_store(tmp_path: Path) -> None:
+    assert json.loads(run(tmp_path, "checkpoints", "list", "--json").stdout) == {"current": None, "versions": []}
+    gone = run(tmp_path, "checkpoints", "show", "3")
+    assert gone.returncode == 1
+    assert "3" in gone.stderr
+    nothing = run(tmp_path, "checkpoints", "rollback")
+    assert nothing.returncode == 1
+    assert "Traceback" not in nothing.stderr
