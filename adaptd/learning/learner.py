@@ -173,7 +173,7 @@ class DraftLearner:
 
     def _apply(self, loss: Tensor) -> bool:
         self._optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._clip)
         if not bool(torch.isfinite(norm)):
             self._optimiser.zero_grad(set_to_none=True)

@@ -10,7 +10,7 @@ from adaptd.decoding.request import DecodeRequest, Finished, SamplingParams
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
 
 PROMPTS_PER_DOMAIN = 50
-TOKENS = 24
+TOKENS = 16
 K = 4
 
 
