@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from adaptd.errors import ConfigError, VocabularyMismatch
 from checkpoints import manifest
@@ -174,6 +175,7 @@ def freeze(model: nn.Module) -> None:
 
 def _load(path: str | Path) -> PreTrainedModel:
     """The model in the precision on disk."""
+    hf_logging.disable_progress_bar()  # it would stand in the middle of tables and logs
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as exc:
