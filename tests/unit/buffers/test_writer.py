@@ -80,7 +80,7 @@ def test_a_lone_trace_leaves_after_the_flush_interval() -> None:
     writer = TraceWriter(table, batch=1000, flush_interval_s=0.02)
     writer.append(TRACE, 1.0)
     wait_for(lambda: stored(table) == [0])
-    writer.close(5)
+    assert writer.close(5)
 
 
 def test_append_returns_at_once_while_the_table_hangs_and_the_oldest_waiting_are_dropped() -> None:
