@@ -49,8 +49,8 @@ _SETTINGS: dict[str, Any] = {
     "deployment": "demo",
     "engine": {"max_length": 320},
     "capture": {"reserved_share": 0.12},
-    "learn": {"interval_s": 10.0, "min_new_traces": 16, "lr": 3e-3, "epsilon": 1.33},
-    "gate": {"max_traces": 48, "max_regression": 0.05},
+    "learn": {"interval_s": 10.0, "min_new_traces": 16, "lr": 3e-3, "epsilon": 1.33, "objective": "kl_tv"},
+    "gate": {"max_traces": 48, "max_regression": 0.03},
     "server": {"port": 0},
 }
 
