@@ -21,6 +21,5 @@ DRAFT_SWAPPED = "draft.swapped"  # decoder, version, pause_s, bytes
 DRAFT_SWAP_REFUSED = "draft.swap_refused"  # decoder, version, reason, error
 DRAFT_ROLLED_BACK = "draft.rolled_back"  # version, reason
 BUFFER_UNAVAILABLE = "buffer.unavailable"  # error
-BUFFER_RECOVERED = "buffer.recovered"  # down_s
 
 CATALOGUE = frozenset(value for name, value in list(globals().items()) if name.isupper() and isinstance(value, str))

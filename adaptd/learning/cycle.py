@@ -87,6 +87,7 @@ class LearnerCycle:
         self._state_file, self._rng, self._clock = state_file, rng, clock
         self._mixture = Mixture(learn.lam, learn.epsilon, learn.mix_after)
         self._last_key = NO_KEY
+        self._seen_total = 0
         self._phase_steps = 0
         self._refusals = 0
         self._incumbent: Mapping[str, Tensor] = {}
@@ -130,8 +131,6 @@ class LearnerCycle:
     def new_traces(self) -> int:
         """Traces inserted since the last tick that learned (an upper bound: expired ones count)."""
         return max(0, self._table.info().inserted_total - self._seen_total)
-
-    _seen_total = 0
 
     def drifted(self) -> None:
         """A drift event: begin again with the first stage of the mixture, fresh traces alone."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaptd.learning.batch import Batch, collate, draft_logits
+from adaptd.learning.batch import collate, draft_logits
 from buffers.table import ReplaySample
+from buffers.trace import Trace
 from policies.divergence import draft_with_tail, with_tail
 from policies.objectives import compute_objective
 from policies.surprise import Mode, surprise_priority, surprise_ratio
@@ -124,7 +125,7 @@ class DraftLearner:
         kept = torch.tensor([s.info.stratum == "anchors" for s in samples], device=device)[batch.row[batch.judged]]
         rows = batch.judged[kept] if self._reference is not None else batch.judged[:0]
         # In front of the forward pass that learns: it needs the weights as they are when gradients are taken.
-        reference = self._reference_logprobs(batch, rows)
+        reference = self._reference_logprobs([s.trace for s in samples if s.info.stratum == "anchors"], device)
         logits = draft_logits(self.draft.model, batch)
         divergence = compute_objective(
             self._objective,
@@ -151,14 +152,15 @@ class DraftLearner:
         )
 
     @torch.no_grad()
-    def _reference_logprobs(self, batch: Batch, rows: Tensor) -> Tensor:
-        """log q_ref at `rows`, [len(rows), V]: what the reference version says on anchors."""
-        if not len(rows):
+    def _reference_logprobs(self, anchors: Sequence[Trace], device: torch.device) -> Tensor:
+        """log q_ref at every captured position of the anchors, [M, V]: what the reference version says there."""
+        if self._reference is None or not anchors:
             return torch.empty(0)
+        batch = collate(anchors, self._max_tokens, device)
         current = self.draft.state()
-        self.draft.load(self._reference or {})
+        self.draft.load(self._reference)
         try:
-            return draft_logits(self.draft.model, batch)[rows].log_softmax(-1)
+            return draft_logits(self.draft.model, batch)[batch.judged].log_softmax(-1)
         finally:
             self.draft.load(current)
 
