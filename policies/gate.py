@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -148,6 +148,7 @@ def judge(
     resamples: int = 1000,
     level: float = 0.95,
     gain_stratum: str = GAIN_STRATUM,
+    floor: Sequence[Score] | None = None,
 ) -> Verdict:
     """Promote if the gain's lower bound is above `min_gain` and no domain loses more than `max_regression`.
 
@@ -156,6 +157,10 @@ def judge(
     upper bound would let a real loss through until it is proven. A domain with fewer than `min_traces` traces cannot
     veto; the reason names it.
 
+    Small losses add up: each of ten versions may lose a little against the one before it. `floor` stops that: a domain
+    more than `max_regression` below it vetoes as well, unless the candidate is better there than the incumbent, which
+    is on the way back.
+
     Args:
       candidate, incumbent: [N] scores of the same traces in the same order; reserved traces of the recent window, and
         anchors of every domain.
@@ -163,10 +168,14 @@ def judge(
       max_regression: relative, at least 0, e.g. 0.02 for 2 %.
       min_traces: traces needed to decide the gain, and for a domain to veto; at least 2.
       rng, resamples, level: of the bootstrap.
+      gain_stratum: whose traces decide the gain.
+      floor: [N] scores of the draft that no domain may fall below, usually that of day 0; None: no such draft.
 
     Raises: ValueError: scores that do not pair up, or a limit out of range.
     """
     _require_pairs(candidate, incumbent)
+    if floor is not None:
+        _require_pairs(candidate, floor)
     if not math.isfinite(min_gain):
         raise ValueError(f"min_gain ({min_gain}) must be finite")
     if not max_regression >= 0.0:
@@ -189,6 +198,7 @@ def judge(
     by_domain = {domain: interval(rows) for domain, rows in sorted(domains.items())}
     judged = {domain: by_domain[domain] for domain in by_domain if len(domains[domain]) >= min_traces}
     worse = [domain for domain, change in judged.items() if change.mean < -max_regression]
+    sunk = {} if floor is None else _sunk(candidate, floor, domains, judged, max_regression)
     n = len(deciding)
     if n < min_traces:
         found = ", ".join(sorted({score.stratum for score in candidate})) or "none"
@@ -198,12 +208,36 @@ def judge(
     elif worse:
         losses = ", ".join(f"{domain} {_percent(judged[domain])}" for domain in worse)
         promote, reason = False, f"gain {_percent(gain)}, but more than {max_regression:.1%} is lost on {losses}"
+    elif sunk:
+        losses = ", ".join(f"{domain} {change:+.1%}" for domain, change in sunk.items())
+        promote, reason = (
+            False,
+            f"gain {_percent(gain)}, but more than {max_regression:.1%} below the floor on {losses}",
+        )
     else:
         promote, reason = True, f"gain {_percent(gain)} on {n} traces; no domain loses more than {max_regression:.1%}"
     silent = ", ".join(f"{domain} ({len(domains[domain])})" for domain in by_domain if domain not in judged)
     if silent:
         reason += f"; too few traces to veto: {silent}"
     return Verdict(promote, reason, gain, by_domain, n)
+
+
+def _sunk(
+    candidate: Sequence[Score],
+    floor: Sequence[Score],
+    domains: Mapping[str, Sequence[int]],
+    judged: Mapping[str, Interval],
+    max_regression: float,
+) -> dict[str, float]:
+    """Domains that stay too far below the floor, with their relative distance to it; those that recover are left out."""
+    found = {}
+    for domain, change in judged.items():
+        rows = domains[domain]
+        counts = [(candidate[r].emitted, candidate[r].rounds, floor[r].emitted, floor[r].rounds) for r in rows]
+        distance = float(_relative_gain(np.array(counts, dtype=np.float64).sum(0)))
+        if distance < -max_regression and not change.mean > 0.0:
+            found[domain] = distance
+    return found
 
 
 class LiveWatch:

@@ -92,6 +92,7 @@ class LearnerCycle:
         self._refusals = 0
         self._incumbent: Mapping[str, Tensor] = {}
         self._incumbent_scores: dict[int, Score] = {}
+        self._floor_scores: dict[int, Score] = {}
         self.totals = {
             "ticks": 0,
             "steps": 0,
@@ -229,7 +230,8 @@ class LearnerCycle:
         samples = self._judged_samples()
         candidate_state = self._learner.average()
         candidate = self._scored(samples, candidate_state)
-        incumbent = self._incumbent_scored(samples)
+        incumbent = self._once_scored(samples, self._incumbent, self._incumbent_scores)
+        floor = self._once_scored(samples, {}, self._floor_scores) if self._incumbent else None
         verdict = judge(
             candidate,
             incumbent,
@@ -239,6 +241,7 @@ class LearnerCycle:
             rng=self._rng,
             resamples=self._gate.resamples,
             level=self._gate.level,
+            floor=floor,
         )
         report.verdict = verdict.as_dict()
         if verdict.promote:
@@ -251,9 +254,7 @@ class LearnerCycle:
             _log.info(
                 events.CANDIDATE_REJECTED,
                 reason=verdict.reason,
-                gain=verdict.gain.mean,
-                low=verdict.gain.low,
-                high=verdict.gain.high,
+                gain=verdict.gain.as_dict(),
             )
             if self._refusals >= self._learn.max_refusals:
                 self._restart(f"{self._refusals} refusals in a row")
@@ -284,13 +285,18 @@ class LearnerCycle:
         finally:
             self._learner.draft.load(learning)
 
-    def _incumbent_scored(self, samples: Sequence[tuple[str, ReplaySample]]) -> list[Score]:
-        """Scores of the published version; each trace is scored once."""
-        missing = [pair for pair in samples if pair[1].info.key not in self._incumbent_scores]
+    def _once_scored(
+        self, samples: Sequence[tuple[str, ReplaySample]], tensors: Mapping[str, Tensor], known: dict[int, Score]
+    ) -> list[Score]:
+        """Scores of a version that stays, kept in `known` by trace: each trace is scored once, those gone are forgotten."""
+        keys = {s.info.key for _, s in samples}
+        for gone in known.keys() - keys:
+            del known[gone]
+        missing = [pair for pair in samples if pair[1].info.key not in known]
         if missing:
-            for (_, sample), score in zip(missing, self._scored(missing, self._incumbent), strict=True):
-                self._incumbent_scores[sample.info.key] = score
-        return [dataclasses.replace(self._incumbent_scores[s.info.key], stratum=stratum) for stratum, s in samples]
+            for (_, sample), score in zip(missing, self._scored(missing, tensors), strict=True):
+                known[sample.info.key] = score
+        return [dataclasses.replace(known[s.info.key], stratum=stratum) for stratum, s in samples]
 
     def _publish(
         self, tensors: dict[str, Tensor], verdict: Verdict, samples: Sequence[tuple[str, ReplaySample]]
@@ -310,9 +316,7 @@ class LearnerCycle:
         _log.info(
             events.CANDIDATE_PROMOTED,
             version=manifest.version,
-            gain=verdict.gain.mean,
-            low=verdict.gain.low,
-            high=verdict.gain.high,
+            gain=verdict.gain.as_dict(),
         )
         return manifest
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from adaptd.learning.batch import collate, draft_logits
 from buffers.table import ReplaySample
 from buffers.trace import Trace
-from policies.divergence import draft_with_tail, with_tail
+from policies.divergence import draft_with_tail, forward_kl, with_tail
 from policies.objectives import compute_objective
 from policies.surprise import Mode, surprise_priority, surprise_ratio
 
@@ -153,23 +153,34 @@ class DraftLearner:
 
     @torch.no_grad()
     def _reference_logprobs(self, anchors: Sequence[Trace], device: torch.device) -> Tensor:
-        """log q_ref at every captured position of the anchors, [M, V]: what the reference version says there."""
+        """log q_ref at every captured position of the anchors, [M, V]: of each trace's better teacher."""
         if self._reference is None or not anchors:
             return torch.empty(0)
         batch = collate(anchors, self._max_tokens, device)
+        p, row = with_tail(batch.topk_logprobs), batch.row[batch.judged]
         current = self.draft.state()
-        self.draft.load(self._reference)
+        found: list[Tensor] = []
+        distances: list[Tensor] = []
         try:
-            return draft_logits(self.draft.model, batch)[batch.judged].log_softmax(-1)
+            for teacher in ({}, self._reference) if self._reference else ({},):
+                self.draft.load(teacher)
+                logits = draft_logits(self.draft.model, batch)[batch.judged]
+                distance = forward_kl(p, draft_with_tail(logits, batch.topk_ids))
+                distances.append(torch.zeros(len(anchors), device=device).index_add_(0, row, distance))
+                found.append(logits.log_softmax(-1))
         finally:
             self.draft.load(current)
+        if len(found) == 1:
+            return found[0]
+        return torch.where((distances[1] < distances[0])[row, None], found[1], found[0])
 
     def set_reference(self, tensors: Mapping[str, Tensor] | None) -> None:
-        """The version whose behaviour anchors preserve (empty: day 0); None: anchors follow the target like the rest.
+        """The version whose behaviour anchors preserve, beside day 0 (empty: day 0 alone); None: they follow the target.
 
-        Learning without forgetting (Li and Hoiem 2017): on anchors the loss is KL(q_ref || q) over the vocabulary, with
-        the published version as the teacher. The target could be the teacher there too, but on few anchors its samples
-        are learned by heart and held-out acceptance of old traffic falls.
+        Learning without forgetting (Li and Hoiem 2017): on anchors the loss is KL(q_ref || q) over the vocabulary. The
+        teacher of a trace is this version or day 0, whichever is nearer to the target on it (forward KL): a chain of
+        versions that each teach the next would pass its losses on. The target could be the teacher there too, but on
+        few anchors its samples are learned by heart and held-out acceptance of old traffic falls.
         """
         self._reference = tensors
 

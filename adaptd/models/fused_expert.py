@@ -1,8 +1,8 @@
 """The serving form of the private expert: shared and private FFN as one wide FFN, gate included.
 
 One matrix holds, by rows, the first projections of shared and private, the second ones if the base is a gated unit,
-and the gate's direction; another holds both projections back, by columns. The gates scale the intermediate activations,
-which is the same as scaling the outputs. Two matrix products a layer, one fewer than a gated-unit base alone.
+and the gate; another holds both projections back, by columns. The gate scales the private intermediate activations, which
+is the same as scaling the private output. Two matrix products a layer, one fewer than a gated-unit base alone.
 
 The base FFN's weights become views of these matrices: no memory is held twice, and a LoRA on the base FFN that writes
 its merged weights in place writes here.
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adaptd.models.layers import Ffn, bias_of, weight_of
-from adaptd.models.private_expert import ExpertTensors, PrivateExperts, gate_direction
+from adaptd.models.private_expert import GATE_GAIN, ExpertTensors, PrivateExperts, opened
 
 
 class FusedExperts(PrivateExperts):
@@ -44,7 +44,6 @@ class FusedExpertFfn(nn.Module):
     inner_bias: Tensor | None
     outer: Tensor
     outer_bias: Tensor | None
-    sign: Tensor
 
     def __init__(self, ffn: Ffn, expert: ExpertTensors) -> None:
         super().__init__()
@@ -60,10 +59,6 @@ class FusedExpertFfn(nn.Module):
         has_bias = any(bias is not None for bias in biases)
         self.register_buffer("inner_bias", like.new_zeros(sum(self._sizes)) if has_bias else None, persistent=False)
         self.register_buffer("outer_bias", bias_of(ffn.layer(ffn.outer)), persistent=False)
-        # +1 for shared activations, -1 for private ones: the gates are 1 + sign * tanh(...).
-        sign = like.new_ones(self._wide)
-        sign[self._intermediate :] = -1
-        self.register_buffer("sign", sign, persistent=False)
 
         for index, (name, bias) in enumerate(zip(ffn.inner, biases, strict=True)):
             rows = slice(index * self._wide, index * self._wide + self._intermediate)
@@ -76,17 +71,12 @@ class FusedExpertFfn(nn.Module):
         """h' of `adaptd.models.private_expert`."""
         units = torch.split(functional.linear(x, self.inner, self.inner_bias), self._sizes, -1)
         active: Tensor = self._activation(units[0])
-        if self._expert.gate is None:
-            if len(units) == 2:
-                active = active * units[1]
-            return functional.linear(active, self.outer, self.outer_bias)
-        if len(units) == 3:
+        gated = self._expert.gate is not None
+        if len(units) == 2 + gated:
             active = active * units[1]
-        tilt = torch.tanh(units[-1])
-        active = torch.addcmul(active, active * tilt, self.sign)
-        out = functional.linear(active, self.outer, self.outer_bias)
-        # The bias belongs to the shared FFN's output and is scaled with it.
-        return out if self.outer_bias is None else torch.addcmul(out, tilt, self.outer_bias)
+        if gated:
+            active[..., self._intermediate :] *= opened(units[-1])
+        return functional.linear(active, self.outer, self.outer_bias)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -96,7 +86,7 @@ class FusedExpertFfn(nn.Module):
             self.inner[index * wide + shared : (index + 1) * wide].copy_(rows)
         self.outer[:, shared:].copy_(self._expert.down)
         if self._expert.gate is not None:
-            self.inner[-1:].copy_(gate_direction(self._expert.gate))
+            self.inner[-1:].copy_(GATE_GAIN * self._expert.gate)
 
 
 def _become_view(layer: nn.Module, place: Tensor) -> None:

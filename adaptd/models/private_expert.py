@@ -1,14 +1,17 @@
 """The private expert (EDA, paper 4 of the references; design section 5): a small learned FFN beside each frozen one.
 
-    h' = g_s * shared(h) + g_p * private(h)
+    h' = shared(h) + g * private(h),        g = 2 sigmoid(GATE_GAIN w . h)
 
 `shared` is the base FFN, frozen; `private` has the same form at a smaller width, and its projection back to the hidden
-size starts at zero. The gate is twice a softmax of two learned projections that start at zero: both gates start at one,
-so day 0 is the base exactly, and "the gate held at one" (ungated) is the same function with the projections left out.
-Twice a softmax over two is 1 + tanh and 1 - tanh of half the difference of its logits, which is how it is computed.
+size starts at zero, so day 0 is the base exactly. w starts at zero: the gate starts at one, and "the gate held at one"
+(ungated) is the same function with w left out.
+
+The paper's gates are a softmax over both experts, which sum to a constant: shutting the private one off then changes
+the weight of the shared one, so old traffic can never get the base back. Here the shared gate stays at one, and a shut
+gate is the base. g is twice the private share of a softmax over two, whose two projections act only by their difference.
 
 Tensors of one FFN, hidden size H, width w: `<ffn>.private.up.weight` [w, H], or [2w, H] with the rows of the gate
-projection first if the base is a gated unit; `<ffn>.private.down.weight` [H, w]; `<ffn>.gate.weight` [2, H].
+projection first if the base is a gated unit; `<ffn>.private.down.weight` [H, w]; `<ffn>.gate.weight` [1, H].
 """
 
 from __future__ import annotations
@@ -30,6 +33,12 @@ from adaptd.models.part import Part, learned
 _WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim")
 
 
+#: Makes the gate learn faster than the expert behind it under one learning rate: with 1 the expert reaches old traffic
+#: before the gate has learned to shut there. On the pocket pair, math learned to 2.0 in 56 steps, medical kept 98.8 % of
+#: its acceptance length with 1 and 99.6 % with 4.
+GATE_GAIN = 4.0
+
+
 class ExpertTensors(NamedTuple):
     """The learned tensors of one private expert; see the module's docstring for shapes."""
 
@@ -49,7 +58,7 @@ class PrivateExperts(Part):
         for ffn in ffns:
             device = next(ffn.module.parameters()).device
             up = learned(len(ffn.inner) * width, ffn.hidden, device=device)
-            gate = learned(2, ffn.hidden, device=device) if gated else None
+            gate = learned(1, ffn.hidden, device=device) if gated else None
             self.experts[ffn.name] = ExpertTensors(
                 self.add(f"{ffn.name}.private.up.weight", up, random=True),
                 self.add(f"{ffn.name}.private.down.weight", learned(ffn.hidden, width, device=device)),
@@ -104,16 +113,14 @@ class PrivateExpertFfn(nn.Module):
         else:
             active = self._activation(units)
         private = functional.linear(active, self.down)
-        out = shared + private
         if self.gate is not None:
-            tilt = torch.tanh(functional.linear(h, gate_direction(self.gate)))
-            out = torch.addcmul(out, tilt, shared - private)
-        return out.to(x.dtype)
+            private = private * opened(functional.linear(h, GATE_GAIN * self.gate))
+        return (shared + private).to(x.dtype)
 
 
-def gate_direction(gate: Tensor) -> Tensor:
-    """[2, H] projections to the one row [1, H] whose product with h, through tanh, is g_s - 1 = 1 - g_p."""
-    return (gate[:1] - gate[1:]) * 0.5
+def opened(logit: Tensor) -> Tensor:
+    """The gate g, 0 to 2, of its logit GATE_GAIN w . h; one at zero."""
+    return 2.0 * torch.sigmoid(logit)
 
 
 @torch.no_grad()

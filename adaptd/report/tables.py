@@ -31,8 +31,14 @@ def percent(value: float | None) -> str:
 
 def gain(verdict: dict[str, Any] | None) -> str:
     """The interval of a gate verdict's gain."""
-    found = (verdict or {}).get("gain")
-    return "-" if not found else f"{found['mean']:+.1%} [{found['low']:+.1%}, {found['high']:+.1%}]"
+    found = (verdict or {}).get("gain") or {}
+
+    def signed(name: str) -> str:
+        value = found.get(name)
+        return "-" if value is None else f"{value:+.1%}"
+
+    # Too few traces leave bounds, or all three, unknown: see `policies.gate.Interval`.
+    return "-" if found.get("mean") is None else f"{signed('mean')} [{signed('low')}, {signed('high')}]"
 
 
 def evaluation_table(found: dict[str, Any]) -> Table:

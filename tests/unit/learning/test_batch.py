@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from adaptd.learning.batch import collate
+from adaptd.learning.batch import _by_length, collate, draft_logits
 from buffers.synthetic import synthetic_trace
+from tests.unit.learning.conftest import VOCAB, tiny
 
 
 def test_each_position_meets_its_token_and_the_row_before_it() -> None:
@@ -39,3 +40,33 @@ def test_a_trace_cut_on_the_left_keeps_only_positions_whose_row_is_left(max_toke
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one trace"):
         collate([], 10)
+
+
+def test_short_and_long_traces_go_apart_and_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits and gradients of one padded pass, with fewer tokens."""
+    lengths = [40, 4, 38, 5, 6]
+    traces = [synthetic_trace(np.random.default_rng(i), n_response=n, vocabulary=VOCAB) for i, n in enumerate(lengths)]
+    batch = collate(traces, max_tokens=10**6)
+    model = tiny(3)
+    head = model.lm_head.weight.requires_grad_()
+    tokens: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, int]:
+        tokens.clear()
+        logits = draft_logits(model, batch)
+        (gradient,) = torch.autograd.grad(logits.logsumexp(-1).square().sum(), head)
+        return logits.detach(), gradient, sum(tokens)
+
+    split = run()
+    assert len(tokens) == 2
+    monkeypatch.setattr("adaptd.learning.batch._WORTH_SPLITTING", 1.0)
+    whole = run()
+    assert len(tokens) == 1
+    torch.testing.assert_close(split[:2], whole[:2], atol=1e-4, rtol=1e-4)
+    assert split[2] < 0.7 * whole[2] == 0.7 * batch.input_ids.numel()
+
+
+def test_traces_of_one_length_stay_together() -> None:
+    assert len(_by_length([7])) == len(_by_length([7] * 4)) == len(_by_length([7, 7, 8])) == 1
+    assert _by_length([30, 2, 31, 3]) == [[1, 3], [0, 2]]

@@ -18,6 +18,7 @@ from buffers.memory_table import MemoryTable
 from buffers.table import TableLimits
 from buffers.trace import Trace
 from checkpoints.store import CheckpointStore
+from policies.gate import Verdict, judge
 from tests.unit.learning.conftest import tiny
 
 K = 3
@@ -151,3 +152,24 @@ def test_rollback_publishes_the_parent_and_the_learner_follows(tmp_path: Path, t
     manifest = rig.cycle.rollback("test")
     assert rig.store.current() == manifest.version
     assert all(torch.equal(parent[n], t) for n, t in rig.draft.state().items())
+
+
+def test_a_chain_of_small_losses_is_stopped_at_day_0(
+    tmp_path: Path, traces: list[Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Day 0 is the floor once a version is published: the gate gets its scores of the same traces."""
+    rig = Rig(tmp_path)
+    rig.fill(traces)
+    floors: list[Any] = []
+
+    def spy(candidate: Any, incumbent: Any, *, floor: Any, **limits: Any) -> Verdict:
+        floors.append(floor)
+        return judge(candidate, incumbent, floor=floor, **limits)
+
+    monkeypatch.setattr("adaptd.learning.cycle.judge", spy)
+    while rig.store.current() is None:
+        day0 = rig.cycle._scored(rig.cycle._judged_samples(), {})
+        rig.cycle.tick("traces")
+    assert floors[-1] is None, "day 0 is the incumbent itself"
+    rig.cycle.tick("traces")
+    assert floors[-1] == day0

@@ -110,6 +110,25 @@ def test_anchors_hold_the_draft_at_the_reference(decode: Decode) -> None:
     assert back < 0.5 * moved
 
 
+def test_the_teacher_of_an_anchor_is_the_version_nearer_to_the_target(decode: Decode) -> None:
+    """A better version teaches in the place of day 0; a worse one does not, so its losses are not handed on."""
+    draft = adapted()
+    samples = samples_of(decode(draft.model, 24, temperature=1.0))
+    anchors = [s._replace(info=s.info._replace(stratum="anchors")) for s in samples]
+    learner = DraftLearner(draft, objective="forward_kl", lr=1e-2)
+    for _ in range(60):
+        learner.step(samples)
+    better = draft.state()
+    worse = {name: tensor + torch.randn(tensor.shape) for name, tensor in better.items()}
+    learner.set_reference(better)
+    assert learner.step(anchors).loss == pytest.approx(0.0, abs=1e-5)
+    learner.restart({})
+    assert learner.step(anchors).loss > 0.01, "day 0 is drawn towards the better version"
+    learner.restart({})
+    learner.set_reference(worse)
+    assert learner.step(anchors).loss == pytest.approx(0.0, abs=1e-5), "day 0 stays day 0"
+
+
 def test_the_average_trails_the_weights_and_starts_where_they_start(decode: Decode) -> None:
     draft = adapted()
     samples = samples_of(decode(draft.model, 8, temperature=1.0))

@@ -6,7 +6,7 @@ from torch import nn
 
 from adaptd.errors import ConfigError
 from adaptd.models.load import load_causal_lm
-from adaptd.models.private_expert import ExpertTensors, PrivateExpertFfn
+from adaptd.models.private_expert import GATE_GAIN, ExpertTensors, PrivateExpertFfn
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
 
 UNGATED = ScopeConfig(width=12, lora_rank=4, gated=False, head_rank=3, head_bias=False)
@@ -19,22 +19,32 @@ def randomise(draft):
 
 def expert(*, gated, scale=1.0):
     generator = torch.Generator().manual_seed(0)
-    sizes = [(6, 4), (4, 3), (2, 4)] if gated else [(6, 4), (4, 3)]
+    sizes = [(6, 4), (4, 3), (1, 4)] if gated else [(6, 4), (4, 3)]
     tensors = [nn.Parameter(torch.randn(size, generator=generator) * scale) for size in sizes]
     return ExpertTensors(*tensors) if gated else ExpertTensors(*tensors, None)
 
 
-def test_the_output_is_the_gated_sum_of_shared_and_private():
-    """h' = g_s shared(h) + g_p private(h), gates twice a softmax: the formula written out."""
-    shared, tensors = nn.Linear(4, 4), expert(gated=True)
+def test_the_output_is_the_shared_plus_the_gated_private():
+    """h' = shared(h) + g private(h), g twice the private share of a softmax over two: the formula written out."""
+    shared, tensors = nn.Linear(4, 4), expert(gated=True, scale=0.5)
     x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
-    gates = 2 * torch.softmax(x @ tensors.gate.T, -1)
+    logit = GATE_GAIN * x @ tensors.gate.T
+    gate = 2 * torch.softmax(torch.cat([torch.zeros_like(logit), logit], -1), -1)[..., 1:]
     first, second = (x @ tensors.up.T).split(3, -1)
     private = (nn.functional.silu(first) * second) @ tensors.down.T
-    expected = gates[..., :1] * shared(x) + gates[..., 1:] * private
     actual = PrivateExpertFfn(shared, tensors, gated_unit=True, activation=nn.functional.silu)(x)
-    torch.testing.assert_close(actual, expected)
-    assert gates.std() > 0.3, "the gate must be open to both sides for this to mean anything"
+    torch.testing.assert_close(actual, shared(x) + gate * private)
+    assert gate.std() > 0.3, "the gate must be open to both sides for this to mean anything"
+
+
+def test_a_shut_gate_is_the_base_exactly():
+    """What old traffic needs: the private expert has no say, and the shared one keeps its day-0 weight."""
+    shared, tensors = nn.Linear(4, 4), expert(gated=True)
+    x = torch.rand(7, 4) + 0.5
+    module = PrivateExpertFfn(shared, tensors, gated_unit=True, activation=nn.functional.silu)
+    assert not torch.allclose(module(x), shared(x), atol=0.1)
+    tensors.gate.data.fill_(-100.0)
+    assert torch.equal(module(x), shared(x))
 
 
 def test_a_gate_at_zero_is_held_at_one_exactly():

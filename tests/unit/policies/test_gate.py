@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -323,3 +324,28 @@ def test_bad_settings_of_the_watch_are_refused_by_name() -> None:
 
 def test_an_interval_is_written_with_the_keys_of_every_result_file() -> None:
     assert Interval(0.1, 0.05, 0.15).as_dict() == {"mean": 0.1, "low": 0.05, "high": 0.15}
+
+
+def floor_of(candidate: list[Score], domain: str, factor: float) -> list[Score]:
+    """A draft whose MAL is `factor` times the candidate's on one domain, and half of it elsewhere."""
+    return [dataclasses.replace(s, rounds=s.rounds / (factor if s.domain == domain else 0.5)) for s in candidate]
+
+
+def test_losses_that_add_up_to_less_than_the_floor_are_refused() -> None:
+    """1 % below the incumbent is within the limit, 4 % below day 0 is not."""
+    pair = joined(scores(60, 0.3, 20), scores(80, -0.01, 21, "medical", "anchors", noise=0.01))
+    assert judge(*pair, **LIMITS, rng=rng(), floor=floor_of(pair[0], "medical", 1.01)).promote
+    verdict = judge(*pair, **LIMITS, rng=rng(), floor=floor_of(pair[0], "medical", 1 / 0.96))
+    assert not verdict.promote
+    assert "more than 2.0% below the floor on medical -4.0%" in verdict.reason
+
+
+def test_a_domain_below_the_floor_that_recovers_does_not_veto() -> None:
+    pair = joined(scores(60, 0.3, 20), scores(80, 0.01, 21, "medical", "anchors", noise=0.01))
+    assert judge(*pair, **LIMITS, rng=rng(), floor=floor_of(pair[0], "medical", 1 / 0.9)).promote
+
+
+def test_the_floor_must_score_the_same_traces() -> None:
+    pair = scores(60, 0.3, 20)
+    with pytest.raises(ValueError, match="must score the same traces"):
+        judge(*pair, **LIMITS, rng=rng(), floor=pair[0][1:])
