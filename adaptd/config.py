@@ -57,12 +57,12 @@ class AdaptConfig(_Section):
 
     scope: Literal["private_expert", "lora", "full"] = "private_expert"
     """`full` is the baseline of the benchmarks, not for production."""
-    width: int = Field(128, ge=1)
+    width: int = Field(256, ge=1)
     """Width of the private expert's bottleneck."""
     gated: bool = True
-    """Softmax gate between shared and private expert; without it the pair folds into one dense FFN."""
-    lora_rank: int = Field(16, ge=0)
-    """Rank of LoRA; 0 for none (scope private_expert only)."""
+    """Learned gates of the private expert and the head's correction; without them both fold into a plain model."""
+    lora_rank: int | None = Field(None, ge=0)
+    """Rank of LoRA, which has no gate; 0 for none; none given: 0 for private_expert, 16 for lora."""
     lora_alpha: float = Field(32.0, gt=0)
     """LoRA's delta is (lora_alpha / lora_rank) B A."""
     lora_targets: tuple[str, ...] | None = None
@@ -93,7 +93,7 @@ class LearnConfig(_Section):
     average_decay: float = Field(0.92, ge=0, lt=1)
     """Decay a step of the moving average of weights that is judged and published; 0 for none."""
     keep_anchors: bool = True
-    """On anchors follow the published draft instead of the target: learning without forgetting."""
+    """On anchors follow the better of published and day-0 draft, not the target: learning without forgetting."""
     batch_traces: int = Field(16, ge=1)
     """Traces a step."""
     steps_per_tick: int = Field(8, ge=1)

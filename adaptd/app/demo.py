@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gzip
-import json
 import random
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from adaptd.decoding.request import DecodeRequest, SamplingParams
 from adaptd.learning.evaluate import profiles
 from adaptd.models.chat import render_chat
 from adaptd.models.load import load_tokenizer, resolve
+from adaptd.pocket.shipped import pocket_prompts
 from adaptd.report.charts import demo_report
 from adaptd.report.status import render
 from adaptd.report.tables import demo_table, number
@@ -58,9 +56,9 @@ _SETTINGS: dict[str, Any] = {
         "epsilon": 1.33,
         "objective": "kl_tv",
         "batch_traces": 8,
-        "steps_per_tick": 20,
+        "steps_per_tick": 12,
     },
-    "gate": {"max_traces": 48},
+    "gate": {"max_traces": 48, "max_regression": 0.015},
     "server": {"port": 0},
 }
 
@@ -129,13 +127,6 @@ class Traffic:
                 self.served.append(
                     Served(index, request.request_id, s.emitted, s.rounds, s.draft_version_max, time.time())
                 )
-
-
-def pocket_prompts(domain: str) -> list[str]:
-    """The shipped held-out prompts of one domain."""
-    path = Path(str(files("adaptd.pocket"))) / "prompts" / f"{domain}.jsonl.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["prompt"] for line in lines]
 
 
 def settings_for(path: Path | None, sets: list[str] | None) -> Config:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from adaptd import __version__
-from adaptd.cli import checkpoints
+from adaptd.cli import bench, checkpoints
 from adaptd.cli.common import ConfigFile, JsonFile, JsonFlag, Sets, load_config, print_json, write_result
 from adaptd.errors import AdaptdError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Keep the draft model of a speculative-decoding deployment in tune with its live traffic.",
 )
+app.add_typer(bench.app, name="bench", help="Measure learners side by side.")
 app.add_typer(checkpoints.app, name="checkpoints", help="List, show, promote and roll back draft versions.")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -229,6 +230,9 @@ class LearnerCycle:
     def _decide(self, report: TickReport) -> None:
         samples = self._judged_samples()
         candidate_state = self._learner.average()
+        if not all(bool(torch.isfinite(t).all()) for t in candidate_state.values()):
+            self._restart("the candidate's weights are not finite")
+            return
         candidate = self._scored(samples, candidate_state)
         incumbent = self._once_scored(samples, self._incumbent, self._incumbent_scores)
         floor = self._once_scored(samples, {}, self._floor_scores) if self._incumbent else None
@@ -246,6 +250,7 @@ class LearnerCycle:
         report.verdict = verdict.as_dict()
         if verdict.promote:
             report.published = self._publish(candidate_state, verdict, samples).version
+            self._incumbent_scores = {s.info.key: score for (_, s), score in zip(samples, candidate, strict=True)}
             self._refusals = 0
             self.totals["promoted"] += 1
         else:

@@ -1,9 +1,12 @@
-"""A low-rank correction of the output head: logits = lm_head(h) + up (down h) + b.
+"""A low-rank correction of the output head: logits = lm_head(h) + g * (up (down h) + b).
 
 Hidden size H, rank r, vocabulary size N. `up` [N, r] and b [N] start at zero, `down` [r, H] random. With tied
 embeddings the head's weight is the embedding; the correction is added beside it, so the embedding is never touched.
+g is a gate as of the private expert (`adaptd.models.private_expert`), 2 sigmoid(GATE_GAIN w . h); without it g is one
+and the correction can be merged.
 
-Tensors: `<head>.low_rank.down.weight`, `<head>.low_rank.up.weight`, `<head>.low_rank.bias`.
+Tensors: `<head>.low_rank.down.weight`, `<head>.low_rank.up.weight`, `<head>.low_rank.bias`,
+`<head>.low_rank.gate.weight` [1, H].
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from transformers import PreTrainedModel
 
 from adaptd.errors import ConfigError
 from adaptd.models.part import Part, learned
+from adaptd.models.private_expert import GATE_GAIN, opened
 
 #: Rows of the head merged at a time: bounds the float32 temporary for vocabularies of 150,000 and more.
 _MERGE_ROWS = 16384
@@ -25,7 +29,7 @@ _MERGE_ROWS = 16384
 class HeadCorrection(Part):
     """The tensors of the correction; a subclass says how it acts."""
 
-    def __init__(self, name: str, head: nn.Linear, rank: int, with_bias: bool) -> None:
+    def __init__(self, name: str, head: nn.Linear, rank: int, with_bias: bool, gated: bool) -> None:
         super().__init__()
         device = head.weight.device
         self._name = name
@@ -35,13 +39,17 @@ class HeadCorrection(Part):
         self.up = self.add(f"{name}.low_rank.up.weight", learned(head.out_features, rank, device=device))
         bias = learned(head.out_features, device=device) if with_bias else None
         self.bias = bias if bias is None else self.add(f"{name}.low_rank.bias", bias)
+        gate = learned(1, head.in_features, device=device) if gated else None
+        self.gate = gate if gate is None else self.add(f"{name}.low_rank.gate.weight", gate)
 
     def fold_into(self, state: dict[str, Tensor], config: Any) -> None:
         """Merge up down into an untied head.
 
         Raises:
-          ConfigError: there is a bias, which a causal LM's head has no place for.
+          ConfigError: there is a bias or a gate, which a causal LM's head has no place for.
         """
+        if self.gate is not None:
+            raise ConfigError("the output head's correction is gated and cannot be merged: adapt with gated: false")
         key = f"{self._name}.weight"
         if self.bias is not None and f"{self._name}.bias" not in state:
             raise ConfigError(
@@ -59,12 +67,12 @@ class HeadCorrection(Part):
 
 
 class TrainedHead(HeadCorrection):
-    """The training form: the head is replaced by a `LowRankHead` around it."""
+    """The training form, and the serving form of a gated correction: the head is replaced by a `LowRankHead`."""
 
-    def __init__(self, model: PreTrainedModel, name: str, rank: int, with_bias: bool) -> None:
+    def __init__(self, model: PreTrainedModel, name: str, rank: int, with_bias: bool, gated: bool) -> None:
         head = _linear(model, name)
-        super().__init__(name, head, rank, with_bias)
-        model.set_submodule(name, LowRankHead(head, self.down, self.up, self.bias))
+        super().__init__(name, head, rank, with_bias, gated)
+        model.set_submodule(name, LowRankHead(head, self.down, self.up, self.bias, self.gate))
         _untie(model)
 
     def refresh(self) -> None:
@@ -74,10 +82,17 @@ class TrainedHead(HeadCorrection):
 class LowRankHead(nn.Module):
     """[..., H] to logits [..., N] in float32, whatever the base's precision: losses on rounded logits are noisy."""
 
-    def __init__(self, base: nn.Linear, down: nn.Parameter, up: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def __init__(
+        self,
+        base: nn.Linear,
+        down: nn.Parameter,
+        up: nn.Parameter,
+        bias: nn.Parameter | None,
+        gate: nn.Parameter | None = None,
+    ) -> None:
         super().__init__()
         self.base = base
-        self.down, self.up, self.bias = down, up, bias
+        self.down, self.up, self.bias, self.gate = down, up, bias, gate
 
     @property
     def weight(self) -> Tensor:
@@ -85,20 +100,25 @@ class LowRankHead(nn.Module):
         return self.base.weight
 
     def forward(self, h: Tensor) -> Tensor:
-        """lm_head(h) + up (down h) + b."""
+        """lm_head(h) + g (up (down h) + b)."""
         logits = self.base(h).float()
-        low = functional.linear(h.float(), self.down)
+        h = h.float()
+        low, up = functional.linear(h, self.down), self.up
+        if self.bias is not None:
+            # As one more rank whose input is one: the gate then scales it like the others.
+            low, up = torch.cat([low, torch.ones_like(low[..., :1])], -1), torch.cat([up, self.bias[:, None]], -1)
+        if self.gate is not None:
+            low = low * opened(functional.linear(h, GATE_GAIN * self.gate))
         # Accumulated by the matrix product itself: [.., N] is the widest tensor of a step and costs memory traffic.
-        total = torch.addmm(logits.flatten(0, -2), low.flatten(0, -2), self.up.T).view_as(logits)
-        return total if self.bias is None else total + self.bias
+        return torch.addmm(logits.flatten(0, -2), low.flatten(0, -2), up.T).view_as(logits)
 
 
 class MergedHead(HeadCorrection):
-    """The serving form: a head with its own weight [N, H], W + up down, and bias; the cost of the base."""
+    """The serving form without a gate: a head with its own weight [N, H], W + up down, and bias; the cost of the base."""
 
     def __init__(self, model: PreTrainedModel, name: str, rank: int, with_bias: bool) -> None:
         head = _linear(model, name)
-        super().__init__(name, head, rank, with_bias)
+        super().__init__(name, head, rank, with_bias, gated=False)
         self._pristine = head.weight.detach()
         self._pristine_bias = None if head.bias is None else head.bias.detach()
         has_bias = with_bias or head.bias is not None

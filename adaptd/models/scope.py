@@ -39,15 +39,16 @@ _MARK = "_adaptd_scope"
 
 @dataclass(frozen=True, kw_only=True)
 class ScopeConfig:
-    """What learns. Defaults are the best learner of the first measurements (reference/lab.md) at 18 % of the draft."""
+    """What learns. The default, private experts and a head correction behind gates, can leave old traffic as it was."""
 
     scope: str = "private_expert"
     #: private_expert: width of the private expert; the base's intermediate size is the scale to compare it with.
-    width: int = 128
-    #: private_expert: learned gate between shared and private; False holds both at one, which can be folded.
+    width: int = 256
+    #: private_expert: learned gates of the private expert and of the head's correction; False holds them at one, which
+    #: can be folded into a plain model.
     gated: bool = True
-    #: Rank of LoRA; 0 leaves it out (private_expert only).
-    lora_rank: int = 16
+    #: Rank of LoRA; 0 leaves it out (private_expert only); None: 0 for private_expert, 16 for lora.
+    lora_rank: int | None = None
     #: LoRA's delta is (lora_alpha / lora_rank) B A.
     lora_alpha: float = 32.0
     #: Layers by name or end of name (`q_proj`); None: attention for private_expert, every linear layer for lora.
@@ -65,7 +66,7 @@ class ScopeConfig:
             raise ConfigError(f"scope ({self.scope!r}) must be one of {', '.join(SCOPES)}; nearest: {nearest}")
         if self.width < 1:
             raise ConfigError(f"width ({self.width}) must be at least 1")
-        if self.lora_rank < 0 or (self.lora_rank == 0 and self.scope == "lora"):
+        if self.effective_lora_rank < 0 or (self.lora_rank == 0 and self.scope == "lora"):
             lowest = int(self.scope == "lora")
             raise ConfigError(f"lora_rank ({self.lora_rank}) must be at least {lowest} for scope {self.scope}")
         if self.lora_alpha <= 0:
@@ -84,6 +85,18 @@ class ScopeConfig:
         if self.head_rank is None:
             return 24 if self.scope == "private_expert" else 0
         return self.head_rank
+
+    @property
+    def effective_lora_rank(self) -> int:
+        """`lora_rank` with the scope's default filled in."""
+        if self.lora_rank is None:
+            return 16 if self.scope == "lora" else 0
+        return self.lora_rank
+
+    @property
+    def gated_head(self) -> bool:
+        """Whether the head's correction has a gate: beside a gated private expert."""
+        return self.gated and self.scope == "private_expert"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; `ScopeConfig(**d)` gives it back."""
@@ -146,7 +159,8 @@ class AdaptedDraft:
         if config.scope == "full":
             return [Full(model, self._base, serving=self.serving)]
         # All places are looked up before any is changed: afterwards names and classes are others.
-        layers = self._lora_layers() if config.lora_rank else {}
+        lora_rank = config.effective_lora_rank
+        layers = self._lora_layers() if lora_rank else {}
         feed_forwards = ffns(model) if config.scope == "private_expert" else []
         rank, head = config.effective_head_rank, head_name(model) if config.effective_head_rank else ""
         parts: list[Part] = []
@@ -154,16 +168,18 @@ class AdaptedDraft:
             if feed_forwards:
                 parts.append(FusedExperts(model, feed_forwards, config.width, config.gated))
             if layers:
-                parts.append(MergedLora(layers, config.lora_rank, config.lora_alpha, self._base))
-            if head:
+                parts.append(MergedLora(layers, lora_rank, config.lora_alpha, self._base))
+            if head and config.gated_head:
+                parts.append(TrainedHead(model, head, rank, config.head_bias, gated=True))
+            elif head:
                 parts.append(MergedHead(model, head, rank, config.head_bias))
             return parts
         if layers:
-            parts.append(PeftLora(model, layers, config.lora_rank, config.lora_alpha))
+            parts.append(PeftLora(model, layers, lora_rank, config.lora_alpha))
         if feed_forwards:
             parts.append(TrainedExperts(model, feed_forwards, config.width, config.gated))
         if head:
-            parts.append(TrainedHead(model, head, rank, config.head_bias))
+            parts.append(TrainedHead(model, head, rank, config.head_bias, config.gated_head))
         return parts
 
     def _lora_layers(self) -> dict[str, nn.Module]:

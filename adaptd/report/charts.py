@@ -38,7 +38,7 @@ class PhaseLike(Protocol):
         """Its traffic."""
 
 
-def _rolling(emitted: FloatArray, rounds: FloatArray) -> FloatArray:
+def rolling(emitted: FloatArray, rounds: FloatArray) -> FloatArray:
     """Ratio of sums over the last `_SMOOTH` requests."""
 
     def windowed(values: FloatArray) -> FloatArray:
@@ -58,8 +58,8 @@ def demo_figure(
     known = [s for s in served if s.frozen_rounds]
     emitted = np.array([s.emitted for s in known], float)
     figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
-    axes.plot(_rolling(emitted, np.array([s.rounds for s in known], float)), color="#1f77b4", label="adapting")
-    axes.plot(_rolling(emitted, np.array([s.frozen_rounds for s in known], float)), color="#888888", label="frozen")
+    axes.plot(rolling(emitted, np.array([s.rounds for s in known], float)), color="#1f77b4", label="adapting")
+    axes.plot(rolling(emitted, np.array([s.frozen_rounds for s in known], float)), color="#888888", label="frozen")
     for index, phase in enumerate(phases):
         at = next((i for i, s in enumerate(known) if s.phase == index), None)
         if at is not None:

@@ -25,9 +25,10 @@ RANK = {
     "actors": 5,
     "server": 5,
     "pocket": 5,
-    "app": 6,
-    "cli": 7,
-    "__main__": 8,
+    "bench": 6,
+    "app": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 HOMES = {
     "torch": {
@@ -38,6 +39,7 @@ HOMES = {
         "adaptd.learning",
         "adaptd.actors",
         "adaptd.pocket",
+        "adaptd.bench",
         "adaptd.app.doctor",
     },
     "safetensors": {"buffers.codec", "checkpoints", "adaptd.learning", "adaptd.pocket"},
@@ -47,6 +49,7 @@ HOMES = {
         "adaptd.decoding.build",
         "adaptd.learning",
         "adaptd.actors.parts",
+        "adaptd.bench",
     },
     "peft": {"adaptd.models"},
     "redis": {"buffers"},
@@ -57,7 +60,7 @@ HOMES = {
     "uvicorn": {"adaptd.app.serve"},
     "apscheduler": {"adaptd.app"},
     "structlog": {"adaptd"},
-    "matplotlib": {"adaptd.report.charts"},
+    "matplotlib": {"adaptd.report.charts", "adaptd.report.shift"},
 }
 # Side-effecting libraries that the pure package must never see.
 POLICIES_MAY_IMPORT = {"numpy", "torch", "river"}

@@ -35,8 +35,8 @@ SETTINGS = {
 class Served:
     """A running daemon and how to reach it."""
 
-    def __init__(self, home: Path) -> None:
-        self.env = {**os.environ, **SETTINGS, "ADAPTD_STATE_DIR": str(home)}
+    def __init__(self, home: Path, **settings: str) -> None:
+        self.env = {**os.environ, **SETTINGS, **settings, "ADAPTD_STATE_DIR": str(home)}
         self.log = (home / "serve.log").open("w")
         self.process = subprocess.Popen([*COMMAND, "serve"], env=self.env, stderr=self.log, stdout=self.log)
         address = home / "default" / "daemon.json"

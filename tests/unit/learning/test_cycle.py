@@ -173,3 +173,16 @@ def test_a_chain_of_small_losses_is_stopped_at_day_0(
     assert floors[-1] is None, "day 0 is the incumbent itself"
     rig.cycle.tick("traces")
     assert floors[-1] == day0
+
+
+def test_a_candidate_that_is_not_finite_never_reaches_the_gate(
+    tmp_path: Path, traces: list[Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path)
+    rig.fill(traces)
+    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in rig.learner.average().items()}
+    monkeypatch.setattr(rig.learner, "average", lambda: broken)
+    report = rig.cycle.tick("traces")
+    assert report.verdict is None
+    assert rig.cycle.totals["restarts"] == 1
+    assert rig.store.current() is None

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from adaptd.errors import ConfigError
 from adaptd.models import head
+from adaptd.models.private_expert import GATE_GAIN
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
 
 CONFIG = ScopeConfig(scope="lora", lora_rank=2, head_rank=3)
@@ -20,6 +22,29 @@ def test_logits_are_head_plus_low_rank_plus_bias(make_model, kind, serving):
     h = torch.randn(2, 5, 16, generator=generator)
     expected = h @ weight.T + (h @ down.T) @ up.T + state["lm_head.low_rank.bias"]
     torch.testing.assert_close(draft.model.lm_head(h).detach(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("serving", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gate_scales_the_whole_correction(make_model, serving, bias):
+    config = ScopeConfig(width=4, head_rank=3, head_bias=bias)
+    draft = AdaptedDraft(make_model(), config, serving=serving)
+    generator = torch.Generator().manual_seed(2)
+    draft.load({name: torch.randn(t.shape, generator=generator) * 0.5 for name, t in draft.expected().items()})
+    state, weight = draft.state(), make_model().lm_head.weight.detach()
+    h = torch.randn(2, 5, 16, generator=generator)
+    gate = 2 * torch.sigmoid(GATE_GAIN * h @ state["lm_head.low_rank.gate.weight"].T)
+    assert gate.std() > 0.3
+    correction = (h @ state["lm_head.low_rank.down.weight"].T) @ state["lm_head.low_rank.up.weight"].T
+    correction = correction + state.get("lm_head.low_rank.bias", 0.0)
+    expected = h @ weight.T + gate * correction
+    torch.testing.assert_close(draft.model.lm_head(h).detach(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_gated_correction_cannot_be_merged(make_model):
+    draft = AdaptedDraft(make_model(), ScopeConfig(width=4, head_rank=3, head_bias=False))
+    with pytest.raises(ConfigError, match="gated"):
+        draft.fold()
 
 
 @pytest.mark.parametrize("serving", [False, True])

@@ -1,0 +1,1 @@
+"""Benchmarks of adaptation: one stream of requests, several learners side by side."""

@@ -1,0 +1,136 @@
+"""The target's answers, generated once and kept: every learner of every stream and seed is measured on the same text.
+
+Kept in one file a domain under a folder named by everything the answers depend on: target, prompts, sampling, capture.
+A file is a row of encoded traces, each behind its length; an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from adaptd.actors.parts import Pair
+from adaptd.decoding.capture import CaptureConfig
+from adaptd.decoding.engine import SpeculativeDecoder
+from adaptd.decoding.request import DecodeRequest, SamplingParams
+from adaptd.errors import AdaptdError
+from adaptd.models.chat import render_chat
+from adaptd.models.load import weights_id
+from buffers.codec import decode, encode
+from buffers.trace import Trace
+
+_LENGTH = struct.Struct("<Q")
+_CHUNK = 64
+
+
+class AnswerPool:
+    """Numbered answers of one target to the prompts of each domain.
+
+    Args:
+      pair: target, day-0 draft (speeds generation up, never changes an answer) and tokenizer.
+      prompts: by domain; answer number i is to prompt i modulo their number, with seed i.
+      home: folder of the cache.
+      temperature, max_tokens: of every answer.
+      k, k_top: of the decoder that generates, and of its capture.
+      max_length: longest prompt and answer; longer prompts are left out.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        prompts: Mapping[str, Sequence[str]],
+        home: Path,
+        *,
+        temperature: float,
+        max_tokens: int,
+        k: int,
+        k_top: int,
+        max_length: int,
+        max_batch: int = 16,
+    ) -> None:
+        self._pair, self._max_batch, self._k = pair, max_batch, k
+        self._temperature, self._max_tokens, self._max_length = temperature, max_tokens, max_length
+        self._capture = CaptureConfig(k_top=k_top, reserved_share=0.0, target_id="bench")
+        self._prompts = {domain: self._rendered(domain, texts) for domain, texts in prompts.items()}
+        about = [weights_id(pair.target), self._prompts, temperature, max_tokens, k_top, max_length]
+        self._home = home / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+    def _rendered(self, domain: str, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        rendered = [tuple(render_chat(self._pair.tokenizer, [{"role": "user", "content": t}])) for t in texts]
+        fitting = [ids for ids in rendered if len(ids) + self._max_tokens <= self._max_length]
+        if not fitting:
+            raise AdaptdError(f"no {domain} prompt fits {self._max_length} tokens with an answer of {self._max_tokens}")
+        return fitting
+
+    def get(self, domain: str, n: int, progress: Callable[[int], None] = lambda _: None) -> list[Trace]:
+        """The first `n` answers of a domain, generated where the cache has fewer; `progress` is told of new ones.
+
+        Raises:
+          AdaptdError: there are no prompts of that domain.
+        """
+        if domain not in self._prompts:
+            raise AdaptdError(f"no prompts of domain {domain!r}; there are: {', '.join(sorted(self._prompts))}")
+        path = self._home / f"{domain}.traces"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole, size = _read(path)
+        if len(whole) < n:
+            with path.open("ab") as file:
+                file.truncate(size)
+                while len(whole) < n:
+                    # Whole chunks, so that a cache grown in steps equals one made at once.
+                    for trace in self._generate(domain, range(len(whole), len(whole) + _CHUNK)):
+                        payload = encode(trace)
+                        file.write(_LENGTH.pack(len(payload)) + payload)
+                        whole.append(payload)
+                    file.flush()
+                    progress(_CHUNK)
+        return [decode(payload) for payload in whole[:n]]
+
+    def _generate(self, domain: str, numbers: range) -> list[Trace]:
+        pair, prompts = self._pair, self._prompts[domain]
+        engine = SpeculativeDecoder(
+            pair.target,
+            pair.draft.model,
+            k=self._k,
+            max_batch=self._max_batch,
+            max_length=self._max_length,
+            eos_ids=[pair.tokenizer.eos_token_id],
+            capture=self._capture,
+        )
+        waiting = [
+            DecodeRequest(
+                request_id=f"{domain}-{i}",
+                prompt_ids=prompts[i % len(prompts)],
+                params=SamplingParams(temperature=self._temperature, max_tokens=self._max_tokens, seed=i),
+                domain=domain,
+            )
+            for i in reversed(numbers)
+        ]
+        found: dict[str, Trace] = {}
+        while waiting or engine.active:
+            while waiting and engine.can_add():
+                engine.add(waiting.pop())
+            for delta in engine.step():
+                if delta.finished is not None and delta.finished.trace is not None:
+                    found[delta.finished.request_id] = delta.finished.trace
+        return [found[f"{domain}-{i}"] for i in numbers]
+
+
+def _read(path: Path) -> tuple[list[bytes], int]:
+    """Whole payloads of a file and the bytes they take; what an interrupted run left half-written is ignored."""
+    payloads = list(_payloads(path.read_bytes())) if path.is_file() else []
+    payloads = payloads[: len(payloads) // _CHUNK * _CHUNK]
+    return payloads, sum(len(p) + _LENGTH.size for p in payloads)
+
+
+def _payloads(content: bytes) -> Iterator[bytes]:
+    at = 0
+    while at + _LENGTH.size <= len(content):
+        (size,) = _LENGTH.unpack_from(content, at)
+        if at + _LENGTH.size + size > len(content):
+            return
+        yield content[at + _LENGTH.size : at + _LENGTH.size + size]
+        at += _LENGTH.size + size

@@ -1,0 +1,234 @@
+"""The learners of the shift benchmark, as YAML, each behind one interface: serve with `model`, learn from `observe`.
+
+frozen   the day-0 draft
+online   as published for online speculative decoding and for fine-tuning on accepted text: traces are kept until
+         the next update, used, and forgotten; every update is served at once, without a gate
+cycle    adaptd's own: `adaptd.learning.cycle` with replay table, mixture, gate and store
+oracle   sees the whole stream in advance: `epochs` over all of its traces, then frozen
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedModel
+
+from adaptd.actors.parts import load_draft
+from adaptd.bench.verify import rejections_only
+from adaptd.config import Config
+from adaptd.learning.cycle import LearnerCycle
+from adaptd.learning.learner import DraftLearner
+from buffers.memory_table import MemoryTable
+from buffers.table import NO_KEY, ReplaySample, SampleInfo, TableLimits
+from buffers.trace import Trace, is_reserved
+from checkpoints.store import CheckpointStore
+
+Kind = Literal["frozen", "online", "cycle", "oracle"]
+
+
+class LearnerSpec(BaseModel):
+    """One learner."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    about: str = ""
+    kind: Kind
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Over the configuration, by section: `adapt`, `learn`, `gate`, `capture`."""
+    rates: tuple[float, ...] = ()
+    """Learning rates of the sweep; `learn.lr` in `settings` is the one it chose."""
+    update_every: int = Field(32, ge=1)
+    """Online: requests between two updates."""
+    uses: int = Field(1, ge=1)
+    """Online: passes over the traces of one update."""
+    epochs: int = Field(3, ge=1)
+    """Oracle: passes over the whole stream."""
+
+    def with_rate(self, rate: float) -> LearnerSpec:
+        """The same learner at another learning rate."""
+        learn = {**self.settings.get("learn", {}), "lr": rate}
+        return self.model_copy(update={"settings": {**self.settings, "learn": learn}})
+
+    def configured(self, config: Config) -> Config:
+        """The configuration under this learner's settings."""
+        merged = config.model_dump(exclude_unset=True)
+        for section, values in self.settings.items():
+            merged[section] = {**merged.get(section, {}), **values}
+        return Config(**merged)
+
+
+class Learner:
+    """The frozen draft, and what the others add to it."""
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self.config = config
+        self.rng = np.random.default_rng([seed, 0x1EA2])
+        self.draft, self.identity = load_draft(config, "cpu", "float32", serving=False)
+        self.version = 0
+        self.seconds = 0.0
+        self.trained_tokens = 0
+        self.steps = 0
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The draft that serves now."""
+        return self.draft.model
+
+    @property
+    def trainable_fraction(self) -> float:
+        """Learned parameters over the draft's."""
+        return 0.0
+
+    def prepare(self, answers: Sequence[Trace]) -> None:
+        """In front of the stream; only the oracle looks."""
+
+    def observe(self, traces: Sequence[Trace]) -> None:
+        """Traces that the served draft left behind, in order; may change what is served."""
+
+    def captured(self, trace: Trace) -> int:
+        """Bytes kept of a trace."""
+        return trace.nbytes
+
+
+class Online(Learner):
+    """Learn from each batch of new traces, then forget it."""
+
+    def __init__(self, config: Config, seed: int, spec: LearnerSpec) -> None:
+        super().__init__(config, seed)
+        self._spec = spec
+        self._waiting: list[Trace] = []
+        self._learner = _draft_learner(self)
+
+    @property
+    def trainable_fraction(self) -> float:
+        """Learned parameters over the draft's."""
+        return self.draft.trainable_fraction
+
+    def observe(self, traces: Sequence[Trace]) -> None:
+        """One update for each `update_every` traces."""
+        for trace in traces:
+            self._waiting.append(self._kept(trace))
+            if len(self._waiting) >= self._spec.update_every:
+                self._update()
+
+    def captured(self, trace: Trace) -> int:
+        """Bytes kept of a trace."""
+        return self._kept(trace).nbytes
+
+    def _kept(self, trace: Trace) -> Trace:
+        return rejections_only(trace) if self.config.capture.positions == "rejected" else trace
+
+    def _update(self) -> None:
+        started = time.perf_counter()
+        for _ in range(self._spec.uses):
+            self._pass(self._waiting)
+        self._waiting.clear()
+        self.version += 1
+        self.seconds += time.perf_counter() - started
+
+    def _pass(self, traces: Sequence[Trace]) -> None:
+        usable = [t for t in traces if len(t.topk_ids)]
+        order = self.rng.permutation(len(usable))
+        size = self.config.learn.batch_traces
+        for start in range(0, len(order), size):
+            report = self._learner.step([_sample(usable[i]) for i in order[start : start + size]])
+            self.trained_tokens += report.tokens
+            self.steps += 1
+
+
+class Oracle(Online):
+    """Trained on the whole stream before it begins: what learning online can hope for."""
+
+    def prepare(self, answers: Sequence[Trace]) -> None:
+        """`epochs` passes over every answer."""
+        started = time.perf_counter()
+        for _ in range(self._spec.epochs):
+            self._pass(answers)
+        self.draft.load(self._learner.average())
+        self.seconds += time.perf_counter() - started
+
+    def observe(self, traces: Sequence[Trace]) -> None:
+        """Nothing: it has seen them."""
+
+
+class Cycle(Learner):
+    """adaptd's learner: ticks of `LearnerCycle` as new traces come in; serves what the gate lets through."""
+
+    def __init__(self, config: Config, seed: int, spec: LearnerSpec) -> None:
+        super().__init__(config, seed)
+        del spec
+        self._home = tempfile.TemporaryDirectory(prefix="adaptd-bench-")
+        home = Path(self._home.name)
+        buffer = config.buffer
+        self._table = MemoryTable(
+            "bench",
+            TableLimits(
+                max_bytes=buffer.max_bytes,
+                ttl_s=None,
+                anchors=buffer.anchors,
+                reserved_max_bytes=buffer.reserved_max_bytes,
+            ),
+            salt=str(seed),
+        )
+        self._store = CheckpointStore(home / "checkpoints")
+        self._learning, _ = load_draft(config, "cpu", "float32", serving=False)
+        self.cycle = LearnerCycle(
+            self._table,
+            self._store,
+            DraftLearner(self._learning, **config.learn.model_dump(include=set(DraftLearner.OPTIONS))),
+            self.identity,
+            learn=config.learn,
+            gate=config.gate,
+            k=config.engine.k,
+            state_file=home / "learner" / "state.safetensors",
+            rng=self.rng,
+        )
+
+    @property
+    def trainable_fraction(self) -> float:
+        """Learned parameters over the draft's."""
+        return self._learning.trainable_fraction
+
+    def observe(self, traces: Sequence[Trace]) -> None:
+        """Insert, and tick when enough is new."""
+        share = self.config.capture.reserved_share
+        kept = [_reserved(t, is_reserved(t.request_id, share)) for t in traces]
+        self._table.insert(kept, [t.surprise for t in kept])
+        if self.cycle.new_traces() < self.config.learn.min_new_traces:
+            return
+        report = self.cycle.tick("traces")
+        self.seconds += report.seconds
+        self.trained_tokens += report.tokens
+        self.steps += report.steps
+        if report.published is not None:
+            self.version = report.published
+            self.draft.load(self._store.load(report.published)[1])
+
+
+def build(spec: LearnerSpec, config: Config, seed: int) -> Learner:
+    """The learner of a specification, at day 0."""
+    settings = spec.configured(config)
+    if spec.kind == "frozen":
+        return Learner(settings, seed)
+    kinds: dict[str, type[Online] | type[Oracle] | type[Cycle]] = {"online": Online, "oracle": Oracle, "cycle": Cycle}
+    return kinds[spec.kind](settings, seed, spec)
+
+
+def _draft_learner(owner: Learner) -> DraftLearner:
+    return DraftLearner(owner.draft, **owner.config.learn.model_dump(include=set(DraftLearner.OPTIONS)))
+
+
+def _sample(trace: Trace) -> ReplaySample:
+    return ReplaySample(SampleInfo(NO_KEY, 1.0, 1.0, 1, 1, "recent"), trace)
+
+
+def _reserved(trace: Trace, reserved: bool) -> Trace:
+    return dataclasses.replace(trace, reserved=reserved)

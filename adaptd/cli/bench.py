@@ -1,0 +1,66 @@
+"""`adaptd bench`: measure learners and decoders side by side."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adaptd.cli.common import ConfigFile, JsonFile, Sets, load_config, write_result
+
+app = typer.Typer(help="Measure learners side by side.", no_args_is_help=True)
+
+#: `--quick`: phases of this share of their length, one seed.
+_QUICK = 0.12
+_LEARNERS = [
+    "frozen",
+    "osd",
+    "aurora",
+    "full_ft",
+    "lora",
+    "private_expert",
+    "private_expert_ungated",
+    "ours",
+    "offline_oracle",
+]
+
+
+@app.callback()
+def bench() -> None:
+    """Measure learners side by side."""
+
+
+@app.command()
+def shift(
+    stream: Annotated[list[str] | None, typer.Option(help="Stream, by name or YAML file; may be repeated.")] = None,
+    learner: Annotated[list[str] | None, typer.Option(help="Learner, likewise; frozen and the oracle belong.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds, counted from the configuration's.")] = 3,
+    scale: Annotated[float, typer.Option(min=0.01, help="Length of the phases, as a factor.")] = 1.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Short phases, one seed.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Only choose learning rates, on a stream with its own seed.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.", show_default="processors")] = os.cpu_count() or 1,
+    report: Annotated[Path, typer.Option(help="Folder for table, figures and pages.")] = Path("adaptd-shift"),
+    result: JsonFile = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+) -> None:
+    """Changing traffic, one target, one draft, several learners: acceptance won back, how soon, and what is forgotten."""
+    settings = load_config(config, sets)
+    from adaptd.app.shift import run
+
+    found: dict[str, Any] = run(
+        settings,
+        streams=stream or ["sharp", "recur"],
+        learners=learner or _LEARNERS,
+        seeds=1 if quick else seeds,
+        scale=_QUICK if quick else scale,
+        tune=tune,
+        jobs=jobs,
+        report=report,
+    )
+    if result is not None:
+        write_result(result, found, settings)

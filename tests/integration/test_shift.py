@@ -1,0 +1,152 @@
+"""The shift benchmark on the pocket pair: answers, shortcut against real decoding, and the command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adaptd.actors.parts import Pair
+from adaptd.bench.answers import AnswerPool
+from adaptd.bench.verify import verify
+from adaptd.config import load
+from adaptd.decoding.build import build_engine
+from adaptd.decoding.engine import SpeculativeDecoder
+from adaptd.decoding.request import DecodeRequest, SamplingParams
+from adaptd.models.scope import AdaptedDraft
+from adaptd.pocket.shipped import pocket_prompts
+from policies.acceptance import mal
+
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def pair(pocket_target: Any, pocket_tokenizer: Any) -> Pair:
+    from adaptd.actors.parts import load_draft
+
+    draft, identity = load_draft(load(None), "cpu", "float32", serving=True)
+    return Pair(pocket_target, draft, pocket_tokenizer, identity)
+
+
+def pool(pair: Pair, home: Path, temperature: float, **overrides: Any) -> AnswerPool:
+    prompts = {"math": pocket_prompts("math")[:40], "medical": pocket_prompts("medical")[:40]}
+    settings = {"max_tokens": TOKENS, "k": 4, "k_top": 8, "max_length": 320} | overrides
+    return AnswerPool(pair, prompts, home, temperature=temperature, **settings)
+
+
+def redecoded(pair: Pair, draft: AdaptedDraft, answers: list[Any], temperature: float, seeds: list[int]) -> list[Any]:
+    """Real decoding of the same prompts with another draft."""
+    engine: SpeculativeDecoder = build_engine(load(None), pair.target, draft.model, pair.tokenizer, capture=False)
+    waiting = [
+        DecodeRequest(
+            request_id=f"{i}",
+            prompt_ids=tuple(t.tokens[: t.prompt_len].tolist()),
+            params=SamplingParams(temperature=temperature, max_tokens=TOKENS, seed=seed),
+        )
+        for i, (t, seed) in enumerate(zip(answers, seeds, strict=True))
+    ]
+    done: dict[str, Any] = {}
+    while waiting or engine.active:
+        while waiting and engine.can_add():
+            engine.add(waiting.pop())
+        done |= {d.finished.request_id: d.finished for d in engine.step() if d.finished is not None}
+    return [done[f"{i}"] for i in range(len(answers))]
+
+
+@pytest.fixture(scope="module")
+def other_draft() -> AdaptedDraft:
+    """Not the draft that the answers were generated with: its learned tensors are random."""
+    import torch
+
+    from adaptd.actors.parts import load_draft
+
+    config = load(None, ["adapt.width=16", "adapt.lora_rank=0", "adapt.head_rank=0"])
+    draft, _ = load_draft(config, "cpu", "float32", serving=False)
+    generator = torch.Generator().manual_seed(0)
+    draft.load({n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in draft.state().items()})
+    return draft
+
+
+def test_at_temperature_0_the_shortcut_is_the_mal_of_real_decoding(
+    tmp_path: Path, pair: Pair, other_draft: AdaptedDraft
+) -> None:
+    answers = [a for d in ("math", "medical") for a in pool(pair, tmp_path, 0.0).get(d, 25)]
+    profiles, _ = verify(other_draft.model, answers, 4, np.random.default_rng(0), version=1)
+    real = redecoded(pair, other_draft, answers, 0.0, [0] * len(answers))
+    assert [p.rounds for p in profiles] == [f.stats.rounds for f in real]
+    assert mal(profiles) == sum(f.stats.emitted for f in real) / sum(f.stats.rounds for f in real)
+    assert mal(profiles) > 1.05
+
+
+def test_at_temperature_1_the_shortcut_has_the_distribution_of_real_decoding(
+    tmp_path: Path, pair: Pair, other_draft: AdaptedDraft
+) -> None:
+    """Other texts, the same distribution: expected rounds a token over 128 answers against 128 really decoded ones."""
+    answers = [a for d in ("math", "medical") for a in pool(pair, tmp_path, 1.0).get(d, 64)]
+    profiles, _ = verify(other_draft.model, answers, 4, np.random.default_rng(0), version=1)
+    real = redecoded(pair, other_draft, answers, 1.0, list(range(1000, 1000 + len(answers))))
+    shortcut = np.array([p.rounds / p.emitted for p in profiles])
+    decoded = np.array([f.stats.rounds / f.stats.emitted for f in real])
+    error = np.sqrt(shortcut.var(ddof=1) / len(shortcut) + decoded.var(ddof=1) / len(decoded))
+    assert abs(shortcut.mean() - decoded.mean()) < 3 * error
+    assert error < 0.05 * decoded.mean(), "or the test could not fail"
+
+
+def test_answers_are_kept_and_an_interrupted_run_goes_on(tmp_path: Path, pair: Pair) -> None:
+    told: list[int] = []
+    first = pool(pair, tmp_path, 1.0, max_tokens=4).get("math", 70, told.append)
+    assert sum(told) == 128
+    (path,) = tmp_path.rglob("math.traces")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    again = pool(pair, tmp_path, 1.0, max_tokens=4).get("math", 70)
+    assert [t.tokens.tolist() for t in again] == [t.tokens.tolist() for t in first]
+    told.clear()
+    pool(pair, tmp_path, 1.0, max_tokens=4).get("math", 128, told.append)
+    assert not told
+    pool(pair, tmp_path, 0.5, max_tokens=4)
+    assert len({p.parent for p in tmp_path.rglob("*.traces")}) == 1
+
+
+def test_the_command_runs_learners_side_by_side(tmp_path: Path) -> None:
+    stream = tmp_path / "tiny.yaml"
+    stream.write_text(
+        "max_tokens: 12\nphases:\n- {mix: {medical: 1}, requests: 32}\n- {mix: {math: 1}, requests: 64}\n"
+    )
+    command = [sys.executable, "-m", "adaptd.cli.main", "bench", "shift", "--stream", str(stream), "--seeds", "2"]
+    command += [arg for name in ("frozen", "osd", "ours", "offline_oracle") for arg in ("--learner", name)]
+    command += ["--report", str(tmp_path / "report"), "--json", str(tmp_path / "out.json"), "--jobs", "2"]
+    command += ["--set", f"state_dir={tmp_path}", "--set", "capture.reserved_share=0.2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    learners = found["streams"]["tiny"]["learners"]
+    assert set(learners) == {"frozen", "osd", "ours", "offline_oracle"}
+    assert learners["frozen"]["trainable_fraction"] == 0
+    assert learners["osd"]["trainable_fraction"] == 1
+    assert 0 < learners["ours"]["trainable_fraction"] <= 0.275
+    assert learners["osd"]["bytes_per_position"] < learners["ours"]["bytes_per_position"] <= 256
+    by_learner = {(r["learner"], r["seed"]): r for r in found["runs"]}
+    assert len(by_learner) == 8
+    for seed in (0, 1):
+        frozen, ours = by_learner["frozen", seed], by_learner["ours", seed]
+        assert len(frozen["rounds"]) == 96
+        assert frozen["emitted"] == ours["emitted"], "the same answers for all"
+        assert frozen["rounds"][:16] == pytest.approx(ours["rounds"][:16]), "day 0 is the base"
+        assert set(frozen["versions"]) == {0}
+        assert ours["steps"] > 0
+    oracle, frozen = by_learner["offline_oracle", 0], by_learner["frozen", 0]
+    assert sum(oracle["rounds"]) < sum(frozen["rounds"]), "trained on these very answers"
+    assert "| ours |" in (tmp_path / "report" / "shift.md").read_text()
+    assert (tmp_path / "report" / "tiny.png").stat().st_size > 10_000
+    assert "tiny" in (tmp_path / "report" / "tiny.html").read_text()
+
+
+def test_an_unknown_learner_is_named_with_the_known_ones() -> None:
+    command = [sys.executable, "-m", "adaptd.cli.main", "bench", "shift", "--learner", "ouers"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 78
+    assert "learner (ouers) must be a YAML file, or one of:" in done.stderr

@@ -1,0 +1,76 @@
+"""Streams: what a YAML file may say, and the order of requests that a seed makes of it."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from adaptd.bench.stream import Phase, Stream, plan, read_spec
+from adaptd.errors import ConfigError
+
+SHARP = Stream(name="s", phases=(Phase(mix={"a": 1}, requests=30), Phase(mix={"b": 2}, requests=20)))
+
+
+def test_phases_follow_each_other_and_no_answer_is_served_twice() -> None:
+    slots = plan(SHARP, 0)
+    assert [s.domain for s in slots] == ["a"] * 30 + ["b"] * 20
+    assert [s.phase for s in slots] == [0] * 30 + [1] * 20
+    assert len({(s.domain, s.draw) for s in slots}) == 50
+    assert all(s.draw < SHARP.pool()[s.domain] for s in slots)
+
+
+def test_a_seed_decides_the_order_and_the_choice() -> None:
+    assert plan(SHARP, 1) == plan(SHARP, 1)
+    assert {s.draw for s in plan(SHARP, 1)} != {s.draw for s in plan(SHARP, 2)}
+
+
+def test_a_moving_mixture_goes_from_one_domain_to_the_other() -> None:
+    stream = Stream(name="d", phases=(Phase(mix={"a": 1}, to={"b": 3}, requests=900),))
+    slots = plan(stream, 0)
+    thirds = [Counter(s.domain for s in slots[i : i + 300])["b"] / 300 for i in (0, 300, 600)]
+    assert thirds == pytest.approx([1 / 6, 1 / 2, 5 / 6], abs=0.08)
+    assert stream.phases[0].label == "a > b"
+
+
+def test_every_seed_finds_enough_answers_in_the_pool() -> None:
+    stream = Stream(name="m", phases=(Phase(mix={"a": 1, "b": 1, "c": 2}, requests=200),))
+    for seed in range(300):
+        plan(stream, seed)
+
+
+def test_scaling_keeps_the_shape() -> None:
+    assert [p.requests for p in SHARP.scaled(0.5).phases] == [15, 10]
+    assert [p.requests for p in SHARP.scaled(0.01).phases] == [8, 8]
+
+
+@pytest.mark.parametrize("name", ["sharp", "recur", "drift", "mixed"])
+def test_shipped_streams_are_read_by_name(name: str) -> None:
+    stream = read_spec(Stream, "streams", name)
+    assert stream.name == name
+    assert sum(p.requests for p in stream.phases) == 2000
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(
+        ConfigError, match=r"stream \(shrap\) must be a YAML file, or one of: drift, mixed, recur, sharp"
+    ):
+        read_spec(Stream, "streams", "shrap")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("phases: []", "at least 1"),
+        ("phases: [{mix: {a: 1}, requests: 0}]", "greater than or equal to 1"),
+        ("phases: [{mix: {a: -1}, requests: 5}]", "shares of at least 0"),
+        ("phases: [{mix: {a: 1}, request: 5}]", "Extra inputs"),
+        ("phases: [", "not a stream"),
+        ("[1, 2]", "Field required"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        read_spec(Stream, "streams", str(path))
+    assert "mine.yaml" in str(caught.value)

@@ -1,0 +1,82 @@
+"""Traces as decoding would have left them, from a teacher-forced pass."""
+
+import numpy as np
+import pytest
+import torch
+
+from adaptd.bench.verify import rejections_only, sources, verify
+from buffers.codec import decode as decoded
+from buffers.codec import encode
+from buffers.trace import Source
+from tests.unit.learning.conftest import Decode, tiny
+
+A, C, B = Source.ACCEPTED, Source.CORRECTION, Source.BONUS
+
+
+@pytest.mark.parametrize(
+    ("accepted", "found"),
+    [
+        ([1, 1, 1, 1, 0], [A, A, B, A, C]),
+        ([0, 0, 1], [C, C, A]),
+        # The position behind a full block is the target's own: whether the draft had it right is not asked.
+        ([1, 1, 0, 1, 1, 1], [A, A, B, A, A, B]),
+        ([], []),
+    ],
+)
+def test_rounds_of_two_proposals(accepted: list[int], found: list[int]) -> None:
+    assert sources(np.array(accepted, dtype=bool), k=2).tolist() == found
+
+
+def test_greedy_text_gives_the_trace_that_decoding_left(decode: Decode) -> None:
+    """Nothing is drawn at temperature 0: sources and rounds must be those of real decoding with that draft."""
+    draft = tiny(7)
+    done = decode(draft, 12, temperature=0.0)
+    answers = [f.trace for f in done if f.trace]
+    profiles, traces = verify(draft, answers, 3, np.random.default_rng(0), version=5)
+    for finished, profile, trace in zip(done, profiles, traces, strict=True):
+        assert finished.trace is not None
+        assert trace.source.tolist() == finished.trace.source.tolist()
+        assert trace.rejected_at.tolist() == finished.trace.rejected_at.tolist()
+        assert profile.rounds == finished.stats.rounds
+        assert trace.draft_version == 5
+        trace.validate()
+        assert decoded(encode(trace)).tokens.tolist() == trace.tokens.tolist()
+
+
+def test_drawn_acceptances_have_the_expected_rounds(decode: Decode, draft: torch.nn.Module) -> None:
+    """200 drawn traces of each of six sampled texts: mean rounds within four standard errors of the expectation."""
+    answers = [f.trace for f in decode(tiny(7), 6, temperature=1.0) if f.trace]
+    rng = np.random.default_rng(0)
+    counts = []
+    for _ in range(200):
+        profiles, traces = verify(draft, answers, 3, rng, version=1)
+        counts.append([_rounds(t.source) for t in traces])
+    expected = np.array([p.rounds for p in profiles])
+    error = np.array(counts).std(0, ddof=1) / np.sqrt(len(counts))
+    assert np.all(error > 0)
+    assert np.all(np.abs(np.mean(counts, axis=0) - expected) <= 4 * error)
+
+
+def _rounds(source: np.ndarray) -> float:
+    """Rounds of a drawn trace: those that ended, and the one that the text's end cut."""
+    ended = np.isin(source, (Source.CORRECTION, Source.BONUS))
+    return float(ended.sum() + (len(source) > 0 and not ended[-1]))
+
+
+def test_rejections_only_keeps_the_corrections(decode: Decode) -> None:
+    answers = [f.trace for f in decode(tiny(7), 4, temperature=1.0) if f.trace]
+    _, traces = verify(tiny(7), answers, 3, np.random.default_rng(0), version=0)
+    for trace in traces:
+        kept = rejections_only(trace)
+        kept.validate()
+        assert kept.judged_at.tolist() == trace.rejected_at.tolist()
+        assert np.array_equal(kept.topk_ids, trace.topk_ids[trace.rejected_at])
+
+
+def test_the_next_draw_does_not_depend_on_the_draft(decode: Decode) -> None:
+    """Common random numbers: two learners that proposed alike are judged alike, whatever came before."""
+    answers = [f.trace for f in decode(tiny(7), 4, temperature=1.0) if f.trace]
+    left, right = np.random.default_rng(3), np.random.default_rng(3)
+    verify(tiny(7), answers, 3, left, version=0)
+    verify(tiny(0), answers, 3, right, version=0)
+    assert left.random() == right.random()
