@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.redis]
 def test_serving_goes_on_without_redis_and_the_buffer_fills_once_it_is_there(tmp_path: Path) -> None:
     redis = tmp_path / "redis"
     redis.mkdir(mode=0o700)
+    (tmp_path / "state").mkdir()
     daemon = Served(tmp_path / "state", ADAPTD_BUFFER__URL=f"unix://{redis}/redis.sock")
     server = None
     try:

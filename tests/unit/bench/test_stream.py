@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from adaptd.bench.learners import LearnerSpec
 from adaptd.bench.stream import Phase, Stream, plan, read_spec
+from adaptd.config import load
 from adaptd.errors import ConfigError
 
 SHARP = Stream(name="s", phases=(Phase(mix={"a": 1}, requests=30), Phase(mix={"b": 2}, requests=20)))
@@ -74,3 +76,19 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path: Path, text: str, 
     with pytest.raises(ConfigError, match=complaint) as caught:
         read_spec(Stream, "streams", str(path))
     assert "mine.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/learners").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_learners_fit_the_configuration(path: Path) -> None:
+    spec = read_spec(LearnerSpec, "learners", path.stem)
+    config = spec.configured(load(None))
+    for section, values in spec.settings.items():
+        for key, value in values.items():
+            assert getattr(getattr(config, section), key) == value
+    assert spec.kind == "frozen" or spec.rates
+    assert spec.with_rate(0.5).configured(load(None)).learn.lr == 0.5
+
+
+def test_an_unknown_learner_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"learner \(ouers\) must be a YAML file, or one of: aurora"):
+        read_spec(LearnerSpec, "learners", "ouers")

@@ -90,6 +90,7 @@ def test_the_default_scope_trains_these_tensors_and_nothing_else(make_model):
         "lm_head.low_rank.down.weight": (24, 16),
         "lm_head.low_rank.up.weight": (48, 24),
         "lm_head.low_rank.bias": (48,),
+        "lm_head.low_rank.gate.weight": (1, 16),
     }
     learning = {id(p) for p in draft.model.parameters() if p.requires_grad}
     assert learning == {id(p) for p in draft.trainable().values()}
