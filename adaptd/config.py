@@ -78,11 +78,9 @@ class LearnConfig(_Section):
 
     enabled: bool = True
     """False serves and captures with the current draft and never learns."""
-    objective: Literal["forward_kl", "reverse_kl", "jsd", "tv", "kl_tv", "cross_entropy", "entropy_adaptive"] = (
-        "forward_kl"
-    )
+    objective: Literal["forward_kl", "reverse_kl", "jsd", "tv", "kl_tv", "cross_entropy", "entropy_adaptive"] = "kl_tv"
     """Divergence between target and draft, minimised at every captured position."""
-    lr: float = Field(2e-3, gt=0)
+    lr: float = Field(3e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
@@ -94,9 +92,9 @@ class LearnConfig(_Section):
     """Decay a step of the moving average of weights that is judged and published; 0 for none."""
     keep_anchors: bool = True
     """On anchors follow the better of published and day-0 draft, not the target: learning without forgetting."""
-    batch_traces: int = Field(16, ge=1)
+    batch_traces: int = Field(8, ge=1)
     """Traces a step."""
-    steps_per_tick: int = Field(8, ge=1)
+    steps_per_tick: int = Field(16, ge=1)
     """Optimiser steps between two gate decisions."""
     min_new_traces: int = Field(32, ge=1)
     """New traces that make a tick due."""
@@ -106,7 +104,7 @@ class LearnConfig(_Section):
     """Seconds between two looks at the triggers."""
     lam: float = Field(1.0, ge=0)
     """Share of SurpriseRatio-selected traces to one share of fresh ones."""
-    epsilon: float = Field(0.5, ge=0)
+    epsilon: float = Field(1.0, ge=0)
     """Share of anchor traces to one share of fresh ones."""
     mix_after: int = Field(4, ge=0)
     """Steps on fresh traces alone after a drift event or a start, before the mixture."""
@@ -137,7 +135,7 @@ class CaptureConfig(_Section):
     """Most likely draft tokens kept at a correction."""
     max_tokens: int = Field(2048, ge=16)
     """Longest trace, in tokens, cut on the left."""
-    reserved_share: float = Field(0.05, ge=0, le=0.5)
+    reserved_share: float = Field(0.15, ge=0, le=0.5)
     """Share of requests kept for the gate and never trained on."""
     max_pending: int = Field(1024, ge=1)
     """Traces waiting for the buffer; one more drops the oldest."""
@@ -167,7 +165,7 @@ class GateConfig(_Section):
     """No domain may lose more than this, relative."""
     min_traces: int = Field(8, ge=2)
     """Reserved traces below which nothing is decided."""
-    max_traces: int = Field(96, ge=2)
+    max_traces: int = Field(64, ge=2)
     """Newest reserved traces, and anchors, that a decision reads."""
     resamples: int = Field(1000, ge=100)
     """Bootstrap resamples."""

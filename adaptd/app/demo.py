@@ -42,8 +42,8 @@ _MAX_TOKENS = 64
 _CONCURRENCY = 8
 _WINDOW = 100
 _REFRESH_S = 0.5
-#: The demonstration's settings over the defaults: short requests, a gate that sees enough of them, and only the gated
-#: expert. LoRA and a corrected head learn math faster, but they act on every token, and medical traffic pays for that.
+#: The demonstration's settings over the defaults: short requests, a gate that sees enough of them, short ticks, and of
+#: the draft only the gated expert.
 _SETTINGS: dict[str, Any] = {
     "deployment": "demo",
     "engine": {"max_length": 320},
@@ -52,10 +52,7 @@ _SETTINGS: dict[str, Any] = {
     "learn": {
         "interval_s": 10.0,
         "min_new_traces": 16,
-        "lr": 3e-3,
         "epsilon": 1.33,
-        "objective": "kl_tv",
-        "batch_traces": 8,
         "steps_per_tick": 12,
     },
     "gate": {"max_traces": 48, "max_regression": 0.015},

@@ -30,6 +30,7 @@ def run(
     learners: Sequence[str],
     seeds: int,
     scale: float,
+    settle: int,
     tune: bool,
     jobs: int,
     report: Path,
@@ -39,7 +40,7 @@ def run(
     specs = [read_spec(LearnerSpec, "learners", name) for name in learners]
     numbers = [config.seed + i for i in range(seeds)]
     if tune:
-        specs = [variant for spec in specs for variant in map(spec.with_rate, spec.rates or ())]
+        specs = [variant for spec in specs for variant in map(spec.with_rate, spec.rates)]
         numbers = [_TUNING_SEED]
     setup = shift.Setup(config, {d: pocket_prompts(d) for d in _DOMAINS}, config.home / "bench")
     console = Console()
@@ -48,20 +49,20 @@ def run(
         console.print(
             f"{stream.name}: {sum(p.requests for p in stream.phases)} requests, {missing} answers in the pool"
         )
-    total = len(wanted) * len(numbers) * sum(len(shift.variants(s) if not tune else [s]) for s in specs)
+    total = len(wanted) * len(numbers) * sum(len(shift.variants(s)) for s in specs)
     runs = list(track(shift.sweep(setup, wanted, specs, numbers, jobs), "learners", total, console=console))
     if tune:
         return _rates(runs, console)
-    found = {stream.name: shift.summarise(stream, runs) for stream in wanted}
+    found = {stream.name: shift.summarise(stream, runs, settle) for stream in wanted}
     report.mkdir(parents=True, exist_ok=True)
-    tables = [markdown(name, stream) for name, stream in found.items()]
+    tables = [markdown(name, summary) for name, summary in found.items()]
     console.print("\n".join(tables), soft_wrap=True, markup=False, highlight=False)
     table = report / "shift.md"
     table.write_text("\n".join(tables), encoding="utf-8")
     best = shift.best_of(runs)
     files = [table]
-    for name, stream in found.items():
-        files += figure(name, stream, [r for r in best if r.stream == name], report)
+    for name, summary in found.items():
+        files += figure(name, summary, [r for r in best if r.stream == name], report)
     for path in files:
         console.print(f"wrote {path}")
     return {"streams": found, "runs": [dataclasses.asdict(r) for r in best]}

@@ -1,7 +1,7 @@
 """The target's answers, generated once and kept: every learner of every stream and seed is measured on the same text.
 
-Kept in one file a domain under a folder named by everything the answers depend on: target, prompts, sampling, capture.
-A file is a row of encoded traces, each behind its length; an interrupted run goes on where it stopped.
+Kept in one file a domain and set of prompts, in a folder named by what else they depend on: target, sampling, capture. A
+file is a row of encoded traces, each behind its length; an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class AnswerPool:
         self._temperature, self._max_tokens, self._max_length = temperature, max_tokens, max_length
         self._capture = CaptureConfig(k_top=k_top, reserved_share=0.0, target_id="bench")
         self._prompts = {domain: self._rendered(domain, texts) for domain, texts in prompts.items()}
-        about = [weights_id(pair.target), self._prompts, temperature, max_tokens, k_top, max_length]
-        self._home = home / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        self._home = home / _digest([weights_id(pair.target), temperature, max_tokens, k_top, max_length])
 
     def _rendered(self, domain: str, texts: Sequence[str]) -> list[tuple[int, ...]]:
         rendered = [tuple(render_chat(self._pair.tokenizer, [{"role": "user", "content": t}])) for t in texts]
@@ -73,7 +72,7 @@ class AnswerPool:
         """
         if domain not in self._prompts:
             raise AdaptdError(f"no prompts of domain {domain!r}; there are: {', '.join(sorted(self._prompts))}")
-        path = self._home / f"{domain}.traces"
+        path = self._home / f"{domain}-{_digest(self._prompts[domain])}.traces"
         path.parent.mkdir(parents=True, exist_ok=True)
         whole, size = _read(path)
         if len(whole) < n:
@@ -117,6 +116,10 @@ class AnswerPool:
                 if delta.finished is not None and delta.finished.trace is not None:
                     found[delta.finished.request_id] = delta.finished.trace
         return [found[f"{domain}-{i}"] for i in numbers]
+
+
+def _digest(about: object) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 def _read(path: Path) -> tuple[list[bytes], int]:

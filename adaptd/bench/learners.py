@@ -53,9 +53,9 @@ class LearnerSpec(BaseModel):
     """Oracle: passes over the whole stream."""
 
     def with_rate(self, rate: float) -> LearnerSpec:
-        """The same learner at another learning rate."""
+        """The same learner at one learning rate, with none left to choose from."""
         learn = {**self.settings.get("learn", {}), "lr": rate}
-        return self.model_copy(update={"settings": {**self.settings, "learn": learn}})
+        return self.model_copy(update={"settings": {**self.settings, "learn": learn}, "rates": ()})
 
     def configured(self, config: Config) -> Config:
         """The configuration under this learner's settings."""

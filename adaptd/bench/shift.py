@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from adaptd import log
 from adaptd.actors.parts import load_pair
 from adaptd.actors.threads import set_threads
 from adaptd.bench import metrics
@@ -29,8 +30,6 @@ from buffers.trace import Trace
 
 #: Requests served by one version at least: as if this many were in flight.
 CHUNK = 16
-#: Requests at the start of a phase after which a learner should have settled.
-SETTLE = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +94,7 @@ def requests(setup: Setup, stream: Stream, seed: int) -> list[Trace]:
 def serve(setup: Setup, stream: Stream, spec: LearnerSpec, seed: int) -> Run:
     """Run one learner over one stream."""
     set_threads(1)
+    log.configure("error", "json")
     answers = requests(setup, stream, seed)
     learner = build(spec, setup.config, seed)
     learner.prepare(answers)
@@ -176,7 +176,7 @@ def best_of(runs: Sequence[Run]) -> list[Run]:
     return sorted(best.values(), key=lambda r: (r.stream, r.learner, r.seed))
 
 
-def summarise(stream: Stream, runs: Sequence[Run], settle: int = SETTLE) -> dict[str, Any]:
+def summarise(stream: Stream, runs: Sequence[Run], settle: int) -> dict[str, Any]:
     """One stream of the result file (design section 4), from the runs of all its learners and seeds."""
     runs = [r for r in best_of(runs) if r.stream == stream.name]
     edges = np.cumsum([0, *(p.requests for p in stream.phases)]).tolist()

@@ -103,7 +103,8 @@ class LowRankHead(nn.Module):
         """lm_head(h) + g (up (down h) + b)."""
         logits = self.base(h).float()
         h = h.float()
-        low, up = functional.linear(h, self.down), self.up
+        low: Tensor = functional.linear(h, self.down)
+        up: Tensor = self.up
         if self.bias is not None:
             # As one more rank whose input is one: the gate then scales it like the others.
             low, up = torch.cat([low, torch.ones_like(low[..., :1])], -1), torch.cat([up, self.bias[:, None]], -1)

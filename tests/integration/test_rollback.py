@@ -1,6 +1,7 @@
 """A version that the gate was told to let through whatever it does: live acceptance takes it back."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ RUINOUS = {
     "ADAPTD_LEARN__AVERAGE_DECAY": "0",
     "ADAPTD_LEARN__KEEP_ANCHORS": "false",
     "ADAPTD_LEARN__INTERVAL_S": "100000",
-    "ADAPTD_LEARN__MIN_NEW_TRACES": "24",
+    "ADAPTD_LEARN__MIN_NEW_TRACES": "40",
     # No tick for a drift: the watch alone is to answer.
     "ADAPTD_DRIFT__DELTA": "1e-12",
 }
@@ -30,11 +31,12 @@ def test_a_draft_that_breaks_its_promise_is_rolled_back_by_itself(tmp_path: Path
     daemon = Served(tmp_path, **RUINOUS)
     try:
         prompts = pocket_prompts("medical")
-        for prompt in prompts[:100]:
-            daemon.ask(prompt, temperature=0.8)
-            events = daemon.status()["events"]
-            if any(e["kind"] == "rollback" for e in events):
-                break
+        with ThreadPoolExecutor(8) as clients:
+            for start in range(0, 160, 8):
+                list(clients.map(lambda prompt: daemon.ask(prompt, temperature=0.8), prompts[start : start + 8]))
+                events = daemon.status()["events"]
+                if any(e["kind"] == "rollback" for e in events):
+                    break
         kinds = [e["kind"] for e in events]
         assert "rollback" in kinds, json.dumps(events)[-2000:]
         assert "promoted" in kinds[: kinds.index("rollback")]

@@ -99,7 +99,7 @@ def test_answers_are_kept_and_an_interrupted_run_goes_on(tmp_path: Path, pair: P
     told: list[int] = []
     first = pool(pair, tmp_path, 1.0, max_tokens=4).get("math", 70, told.append)
     assert sum(told) == 128
-    (path,) = tmp_path.rglob("math.traces")
+    (path,) = tmp_path.rglob("math-*.traces")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
     again = pool(pair, tmp_path, 1.0, max_tokens=4).get("math", 70)

@@ -87,6 +87,7 @@ def test_shipped_learners_fit_the_configuration(path: Path) -> None:
             assert getattr(getattr(config, section), key) == value
     assert spec.kind == "frozen" or spec.rates
     assert spec.with_rate(0.5).configured(load(None)).learn.lr == 0.5
+    assert not spec.with_rate(0.5).rates, "or the oracle would be swept again"
 
 
 def test_an_unknown_learner_is_named_with_the_known_ones() -> None:
