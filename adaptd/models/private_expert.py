@@ -34,8 +34,7 @@ _WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim")
 
 
 #: Makes the gate learn faster than the expert behind it under one learning rate: with 1 the expert reaches old traffic
-#: before the gate has learned to shut there. On the pocket pair, math learned to 2.0 in 56 steps, medical kept 98.8 % of
-#: its acceptance length with 1 and 99.6 % with 4.
+#: before the gate has learned to shut there, with 10 it is shut too soon.
 GATE_GAIN = 4.0
 
 
