@@ -9,14 +9,11 @@ import numpy as np
 import ray
 
 from adaptd import log
-from adaptd.actors.parts import load_draft, placement
+from adaptd.actors.parts import learner_cycle, load_draft, placement
 from adaptd.actors.threads import set_threads
 from adaptd.config import Config
-from adaptd.learning.cycle import LearnerCycle
-from adaptd.learning.learner import DraftLearner
 from buffers.errors import TableUnavailable
 from buffers.open import open_table
-from checkpoints.store import CheckpointStore
 from policies.triggers import LearnTrigger
 
 #: The learner yields to decoders on the same cores.
@@ -31,18 +28,8 @@ class LearnerActor:
         set_threads(config.learn.threads, _NICENESS)
         device, _ = placement(config, config.ray.learner_gpus)
         draft, identity = load_draft(config, device, "float32", serving=False)
-        learner = DraftLearner(draft, **config.learn.model_dump(include=set(DraftLearner.OPTIONS)))
-        self._cycle = LearnerCycle(
-            open_table(buffer_url, config.deployment, **config.buffer.model_dump(exclude={"url"})),
-            CheckpointStore(config.home / "checkpoints"),
-            learner,
-            identity,
-            learn=config.learn,
-            gate=config.gate,
-            k=config.engine.k,
-            state_file=config.home / "learner" / "state.safetensors",
-            rng=np.random.default_rng(config.seed),
-        )
+        table = open_table(buffer_url, config.deployment, **config.buffer.model_dump(exclude={"url"}))
+        self._cycle = learner_cycle(config, draft, identity, table, config.home, np.random.default_rng(config.seed))
         self._keep = config.checkpoints.keep
         self._trigger = LearnTrigger(config.learn.min_new_traces, config.learn.interval_s)
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaptd.config import Config
-from adaptd.learning.cycle import Identity
+from adaptd.learning.cycle import Identity, LearnerCycle
+from adaptd.learning.learner import DraftLearner
 from adaptd.models import load
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
+from buffers.table import ReplayTable
+from checkpoints.store import CheckpointStore
 
 
 class Pair(NamedTuple):
@@ -47,6 +52,33 @@ def load_draft(config: Config, device: str, dtype: str, *, serving: bool) -> tup
         config=config.model_dump(mode="json", include={"deployment", "adapt", "learn", "gate", "draft", "target"}),
     )
     return draft, identity
+
+
+def draft_learner(config: Config, draft: AdaptedDraft) -> DraftLearner:
+    """The optimiser that section `learn` asks for."""
+    return DraftLearner(draft, **config.learn.model_dump(include=set(DraftLearner.OPTIONS)))
+
+
+def learner_cycle(
+    config: Config,
+    draft: AdaptedDraft,
+    identity: Identity,
+    table: ReplayTable,
+    home: Path,
+    rng: np.random.Generator,
+) -> LearnerCycle:
+    """The learner of one deployment; checkpoints and saved state lie in `home`."""
+    return LearnerCycle(
+        table,
+        CheckpointStore(home / "checkpoints"),
+        draft_learner(config, draft),
+        identity,
+        learn=config.learn,
+        gate=config.gate,
+        k=config.engine.k,
+        state_file=home / "learner" / "state.safetensors",
+        rng=rng,
+    )
 
 
 def load_pair(config: Config, gpus: float) -> Pair:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,41 +43,40 @@ def run(
     if tune:
         specs = [variant for spec in specs for variant in map(spec.with_rate, spec.rates)]
         numbers = [_TUNING_SEED]
-    setup = shift.Setup(config, {d: pocket_prompts(d) for d in _DOMAINS}, config.home / "bench")
+    prompts = {d: pocket_prompts(d) for d in _DOMAINS}
     console = Console()
     for stream in wanted:
-        missing = sum(stream.pool().values())
-        console.print(
-            f"{stream.name}: {sum(p.requests for p in stream.phases)} requests, {missing} answers in the pool"
-        )
+        length, kept = sum(p.requests for p in stream.phases), sum(stream.pool().values())
+        console.print(f"{stream.name}: {length} requests, {kept} answers in the pool")
     total = len(wanted) * len(numbers) * sum(len(shift.variants(s)) for s in specs)
-    runs = list(track(shift.sweep(setup, wanted, specs, numbers, jobs), "learners", total, console=console))
+    runs = list(track(shift.sweep(config, prompts, wanted, specs, numbers, jobs), "learners", total, console=console))
     if tune:
         return _rates(runs, console)
-    found = {stream.name: shift.summarise(stream, runs, settle) for stream in wanted}
+    best = {stream.name: [r for r in shift.best_of(runs) if r.stream == stream.name] for stream in wanted}
+    found = {stream.name: shift.summarise(stream, best[stream.name], settle) for stream in wanted}
     report.mkdir(parents=True, exist_ok=True)
     tables = [markdown(name, summary) for name, summary in found.items()]
     console.print("\n".join(tables), soft_wrap=True, markup=False, highlight=False)
     table = report / "shift.md"
     table.write_text("\n".join(tables), encoding="utf-8")
-    best = shift.best_of(runs)
     files = [table]
     for name, summary in found.items():
-        files += figure(name, summary, [r for r in best if r.stream == name], report)
+        files += figure(name, summary, best[name], report)
     for path in files:
         console.print(f"wrote {path}")
-    return {"streams": found, "runs": [dataclasses.asdict(r) for r in best]}
+    return {"streams": found, "runs": [dataclasses.asdict(r) for part in best.values() for r in part]}
 
 
 def _rates(runs: Sequence[shift.Run], console: Console) -> dict[str, Any]:
     """MAL over the whole stream by learner and rate."""
+    mals: defaultdict[tuple[str, float], list[float]] = defaultdict(list)
+    for r in runs:
+        mals[r.learner, r.lr or 0.0].append(r.curve.mal(0, len(r.rounds)))
     found: dict[str, dict[str, float]] = {}
-    for run_ in sorted(runs, key=lambda r: (r.learner, r.lr or 0.0)):
-        by_rate = found.setdefault(run_.learner, {})
-        mals = [r.curve.mal(0, len(r.rounds)) for r in runs if (r.learner, r.lr) == (run_.learner, run_.lr)]
-        by_rate[f"{run_.lr:g}"] = statistics.fmean(mals)
+    for (name, rate), values in sorted(mals.items()):
+        found.setdefault(name, {})[f"{rate:g}"] = statistics.fmean(values)
     for name, by_rate in found.items():
         best = max(by_rate, key=by_rate.__getitem__)
-        listed = ", ".join(f"{rate}: {value:.3f}" for rate, value in by_rate.items())
+        listed = ", ".join(f"{lr}: {value:.3f}" for lr, value in by_rate.items())
         console.print(f"{name}: best {best} (MAL by rate: {listed})")
     return {"tuning": found}

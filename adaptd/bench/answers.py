@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from adaptd.actors.parts import Pair
+from adaptd.decoding.build import eos_ids
 from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.request import DecodeRequest, SamplingParams
@@ -65,7 +66,11 @@ class AnswerPool:
         return fitting
 
     def get(self, domain: str, n: int, progress: Callable[[int], None] = lambda _: None) -> list[Trace]:
-        """The first `n` answers of a domain, generated where the cache has fewer; `progress` is told of new ones.
+        """The first `n` answers of a domain: `read_answers` of what `fill` returns."""
+        return read_answers(self.fill(domain, n, progress), n)
+
+    def fill(self, domain: str, n: int, progress: Callable[[int], None] = lambda _: None) -> Path:
+        """The domain's file, with answers generated where it has fewer than `n`; `progress` is told of new ones.
 
         Raises:
           AdaptdError: there are no prompts of that domain.
@@ -74,19 +79,18 @@ class AnswerPool:
             raise AdaptdError(f"no prompts of domain {domain!r}; there are: {', '.join(sorted(self._prompts))}")
         path = self._home / f"{domain}-{_digest(self._prompts[domain])}.traces"
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole, size = _read(path)
-        if len(whole) < n:
+        payloads = _read(path)
+        if len(payloads) < n:
             with path.open("ab") as file:
-                file.truncate(size)
-                while len(whole) < n:
-                    # Whole chunks, so that a cache grown in steps equals one made at once.
-                    for trace in self._generate(domain, range(len(whole), len(whole) + _CHUNK)):
+                file.truncate(sum(len(p) + _LENGTH.size for p in payloads))
+                # Whole chunks, so that a cache grown in steps equals one made at once.
+                for start in range(len(payloads), n, _CHUNK):
+                    for trace in self._generate(domain, range(start, start + _CHUNK)):
                         payload = encode(trace)
                         file.write(_LENGTH.pack(len(payload)) + payload)
-                        whole.append(payload)
                     file.flush()
                     progress(_CHUNK)
-        return [decode(payload) for payload in whole[:n]]
+        return path
 
     def _generate(self, domain: str, numbers: range) -> list[Trace]:
         pair, prompts = self._pair, self._prompts[domain]
@@ -96,7 +100,7 @@ class AnswerPool:
             k=self._k,
             max_batch=self._max_batch,
             max_length=self._max_length,
-            eos_ids=[pair.tokenizer.eos_token_id],
+            eos_ids=eos_ids(pair.target, pair.tokenizer),
             capture=self._capture,
         )
         waiting = [
@@ -122,11 +126,15 @@ def _digest(about: object) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
-def _read(path: Path) -> tuple[list[bytes], int]:
-    """Whole payloads of a file and the bytes they take; what an interrupted run left half-written is ignored."""
+def read_answers(path: Path, n: int) -> list[Trace]:
+    """The first `n` answers of a file that `AnswerPool.fill` returned."""
+    return [decode(payload) for payload in _read(path)[:n]]
+
+
+def _read(path: Path) -> list[bytes]:
+    """Payloads of the whole chunks of a file; what an interrupted run left half-written is ignored."""
     payloads = list(_payloads(path.read_bytes())) if path.is_file() else []
-    payloads = payloads[: len(payloads) // _CHUNK * _CHUNK]
-    return payloads, sum(len(p) + _LENGTH.size for p in payloads)
+    return payloads[: len(payloads) // _CHUNK * _CHUNK]
 
 
 def _payloads(content: bytes) -> Iterator[bytes]:

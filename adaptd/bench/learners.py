@@ -20,11 +20,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
-from adaptd.actors.parts import load_draft
+from adaptd.actors.parts import draft_learner, learner_cycle, load_draft
 from adaptd.bench.verify import rejections_only
 from adaptd.config import Config
-from adaptd.learning.cycle import LearnerCycle
-from adaptd.learning.learner import DraftLearner
 from buffers.memory_table import MemoryTable
 from buffers.table import NO_KEY, ReplaySample, SampleInfo, TableLimits
 from buffers.trace import Trace, is_reserved
@@ -71,7 +69,7 @@ class Learner:
     def __init__(self, config: Config, seed: int) -> None:
         self.config = config
         self.rng = np.random.default_rng([seed, 0x1EA2])
-        self.draft, self.identity = load_draft(config, "cpu", "float32", serving=False)
+        self.draft, _ = load_draft(config, "cpu", "float32", serving=False)
         self.version = 0
         self.seconds = 0.0
         self.trained_tokens = 0
@@ -105,7 +103,7 @@ class Online(Learner):
         super().__init__(config, seed)
         self._spec = spec
         self._waiting: list[Trace] = []
-        self._learner = _draft_learner(self)
+        self._learner = draft_learner(config, self.draft)
 
     @property
     def trainable_fraction(self) -> float:
@@ -162,35 +160,15 @@ class Oracle(Online):
 class Cycle(Learner):
     """adaptd's learner: ticks of `LearnerCycle` as new traces come in; serves what the gate lets through."""
 
-    def __init__(self, config: Config, seed: int, spec: LearnerSpec) -> None:
+    def __init__(self, config: Config, seed: int) -> None:
         super().__init__(config, seed)
-        del spec
-        self._home = tempfile.TemporaryDirectory(prefix="adaptd-bench-")
-        home = Path(self._home.name)
-        buffer = config.buffer
-        self._table = MemoryTable(
-            "bench",
-            TableLimits(
-                max_bytes=buffer.max_bytes,
-                ttl_s=None,
-                anchors=buffer.anchors,
-                reserved_max_bytes=buffer.reserved_max_bytes,
-            ),
-            salt=str(seed),
-        )
+        self._folder = tempfile.TemporaryDirectory(prefix="adaptd-bench-")
+        home = Path(self._folder.name)
+        limits = TableLimits(**config.buffer.model_dump(exclude={"url", "ttl_s"}), ttl_s=None)
+        self._table = MemoryTable("bench", limits, salt=str(seed))
         self._store = CheckpointStore(home / "checkpoints")
-        self._learning, _ = load_draft(config, "cpu", "float32", serving=False)
-        self.cycle = LearnerCycle(
-            self._table,
-            self._store,
-            DraftLearner(self._learning, **config.learn.model_dump(include=set(DraftLearner.OPTIONS))),
-            self.identity,
-            learn=config.learn,
-            gate=config.gate,
-            k=config.engine.k,
-            state_file=home / "learner" / "state.safetensors",
-            rng=self.rng,
-        )
+        self._learning, identity = load_draft(config, "cpu", "float32", serving=False)
+        self._cycle = learner_cycle(config, self._learning, identity, self._table, home, self.rng)
 
     @property
     def trainable_fraction(self) -> float:
@@ -200,11 +178,11 @@ class Cycle(Learner):
     def observe(self, traces: Sequence[Trace]) -> None:
         """Insert, and tick when enough is new."""
         share = self.config.capture.reserved_share
-        kept = [_reserved(t, is_reserved(t.request_id, share)) for t in traces]
+        kept = [dataclasses.replace(t, reserved=is_reserved(t.request_id, share)) for t in traces]
         self._table.insert(kept, [t.surprise for t in kept])
-        if self.cycle.new_traces() < self.config.learn.min_new_traces:
+        if self._cycle.new_traces() < self.config.learn.min_new_traces:
             return
-        report = self.cycle.tick("traces")
+        report = self._cycle.tick("traces")
         self.seconds += report.seconds
         self.trained_tokens += report.tokens
         self.steps += report.steps
@@ -216,19 +194,16 @@ class Cycle(Learner):
 def build(spec: LearnerSpec, config: Config, seed: int) -> Learner:
     """The learner of a specification, at day 0."""
     settings = spec.configured(config)
-    if spec.kind == "frozen":
-        return Learner(settings, seed)
-    kinds: dict[str, type[Online] | type[Oracle] | type[Cycle]] = {"online": Online, "oracle": Oracle, "cycle": Cycle}
-    return kinds[spec.kind](settings, seed, spec)
-
-
-def _draft_learner(owner: Learner) -> DraftLearner:
-    return DraftLearner(owner.draft, **owner.config.learn.model_dump(include=set(DraftLearner.OPTIONS)))
+    match spec.kind:
+        case "frozen":
+            return Learner(settings, seed)
+        case "online":
+            return Online(settings, seed, spec)
+        case "oracle":
+            return Oracle(settings, seed, spec)
+        case "cycle":
+            return Cycle(settings, seed)
 
 
 def _sample(trace: Trace) -> ReplaySample:
     return ReplaySample(SampleInfo(NO_KEY, 1.0, 1.0, 1, 1, "recent"), trace)
-
-
-def _reserved(trace: Trace, reserved: bool) -> Trace:
-    return dataclasses.replace(trace, reserved=reserved)

@@ -18,27 +18,20 @@ from typing import Any
 import numpy as np
 
 from adaptd import log
-from adaptd.actors.parts import load_pair
+from adaptd.actors.parts import Pair, load_pair
 from adaptd.actors.threads import set_threads
 from adaptd.bench import metrics
-from adaptd.bench.answers import AnswerPool
+from adaptd.bench.answers import AnswerPool, read_answers
 from adaptd.bench.learners import LearnerSpec, build
 from adaptd.bench.stream import Stream, plan
 from adaptd.bench.verify import verify
 from adaptd.config import Config
 from buffers.trace import Trace
 
+#: Files of answers by domain.
+Answers = Mapping[str, Path]
 #: Requests served by one version at least: as if this many were in flight.
 CHUNK = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What every run shares."""
-
-    config: Config
-    prompts: Mapping[str, Sequence[str]]
-    cache: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,38 +58,36 @@ class Run:
         return metrics.Curve(np.array(self.emitted), np.array(self.rounds))
 
 
-def pool(setup: Setup, stream: Stream) -> AnswerPool:
-    """The cache of a stream's answers."""
-    engine, capture = setup.config.engine, setup.config.capture
-    return AnswerPool(
-        load_pair(setup.config, 0.0),
-        {d: setup.prompts[d] for d in stream.domains if d in setup.prompts},
-        setup.cache,
+def fill(config: Config, pair: Pair, prompts: Mapping[str, Sequence[str]], stream: Stream) -> Answers:
+    """The files of a stream's answers by domain, generated where they are not there yet."""
+    answers = AnswerPool(
+        pair,
+        {d: prompts[d] for d in stream.domains if d in prompts},
+        config.home / "bench",
         temperature=stream.temperature,
         max_tokens=stream.max_tokens,
-        k=engine.k,
-        k_top=capture.k_top,
-        max_length=engine.max_length,
+        k=config.engine.k,
+        k_top=config.capture.k_top,
+        max_length=config.engine.max_length,
     )
+    return {domain: answers.fill(domain, n) for domain, n in stream.pool().items()}
 
 
-def requests(setup: Setup, stream: Stream, seed: int) -> list[Trace]:
+def requests(answers: Answers, stream: Stream, seed: int) -> list[Trace]:
     """The stream's answers in the order of one seed; each request has an id of its own."""
-    answers = pool(setup, stream)
-    by_domain = {domain: answers.get(domain, n) for domain, n in stream.pool().items()}
-    slots = plan(stream, seed)
+    by_domain = {domain: read_answers(answers[domain], n) for domain, n in stream.pool().items()}
     return [
         dataclasses.replace(by_domain[s.domain][s.draw], request_id=f"{seed}-{i}-{s.domain}")
-        for i, s in enumerate(slots)
+        for i, s in enumerate(plan(stream, seed))
     ]
 
 
-def serve(setup: Setup, stream: Stream, spec: LearnerSpec, seed: int) -> Run:
+def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, seed: int) -> Run:
     """Run one learner over one stream."""
     set_threads(1)
     log.configure("error", "json")
-    answers = requests(setup, stream, seed)
-    learner = build(spec, setup.config, seed)
+    answers = requests(files, stream, seed)
+    learner = build(spec, config, seed)
     learner.prepare(answers)
     rng = np.random.default_rng([seed, 0xACCE])
     emitted: list[float] = []
@@ -131,23 +122,26 @@ def serve(setup: Setup, stream: Stream, spec: LearnerSpec, seed: int) -> Run:
 
 
 def sweep(
-    setup: Setup, streams: Sequence[Stream], specs: Sequence[LearnerSpec], seeds: Sequence[int], jobs: int
+    config: Config,
+    prompts: Mapping[str, Sequence[str]],
+    streams: Sequence[Stream],
+    specs: Sequence[LearnerSpec],
+    seeds: Sequence[int],
+    jobs: int,
 ) -> Iterator[Run]:
     """Every learner on every stream with every seed, in `jobs` processes, as they end.
 
-    The oracle runs at each of its rates; the caller keeps the best (`best_oracle`).
+    The oracle runs at each of its rates; the caller keeps the best (`best_of`).
     """
-    for stream in streams:
-        answers = pool(setup, stream)
-        for domain, n in stream.pool().items():
-            answers.get(domain, n)
+    pair = load_pair(config, 0.0)
+    files = {stream.name: fill(config, pair, prompts, stream) for stream in streams}
     tasks = [
-        (setup, stream, variant, seed)
+        (config, files[stream.name], stream, variant, seed)
         for stream, seed, spec in itertools.product(streams, seeds, specs)
         for variant in variants(spec)
     ]
     # The longest first: the last ones decide how long a processor waits at the end.
-    tasks.sort(key=lambda task: task[2].kind != "oracle")
+    tasks.sort(key=lambda task: task[3].kind != "oracle")
     if jobs == 1:
         yield from (serve(*task) for task in tasks)
         return
@@ -177,8 +171,7 @@ def best_of(runs: Sequence[Run]) -> list[Run]:
 
 
 def summarise(stream: Stream, runs: Sequence[Run], settle: int) -> dict[str, Any]:
-    """One stream of the result file (design section 4), from the runs of all its learners and seeds."""
-    runs = [r for r in best_of(runs) if r.stream == stream.name]
+    """One stream of the result file (design section 4), from one run of each of its learners and seeds."""
     edges = np.cumsum([0, *(p.requests for p in stream.phases)]).tolist()
     phases = list(itertools.pairwise(edges))
     names = list(dict.fromkeys(r.learner for r in runs))

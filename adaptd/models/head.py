@@ -103,15 +103,15 @@ class LowRankHead(nn.Module):
         """lm_head(h) + g (up (down h) + b)."""
         logits = self.base(h).float()
         h = h.float()
-        low: Tensor = functional.linear(h, self.down)
-        up: Tensor = self.up
-        if self.bias is not None:
-            # As one more rank whose input is one: the gate then scales it like the others.
-            low, up = torch.cat([low, torch.ones_like(low[..., :1])], -1), torch.cat([up, self.bias[:, None]], -1)
-        if self.gate is not None:
-            low = low * opened(functional.linear(h, GATE_GAIN * self.gate))
+        low = functional.linear(h, self.down)
+        gate = None if self.gate is None else opened(functional.linear(h, GATE_GAIN * self.gate))
+        if gate is not None:
+            low = low * gate
         # Accumulated by the matrix product itself: [.., N] is the widest tensor of a step and costs memory traffic.
-        return torch.addmm(logits.flatten(0, -2), low.flatten(0, -2), up.T).view_as(logits)
+        total = torch.addmm(logits.flatten(0, -2), low.flatten(0, -2), self.up.T)
+        if self.bias is not None:
+            total = total + self.bias if gate is None else torch.addmm(total, gate.flatten(0, -2), self.bias[None])
+        return total.view_as(logits)
 
 
 class MergedHead(HeadCorrection):

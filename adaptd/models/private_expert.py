@@ -34,7 +34,7 @@ _WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim")
 
 
 #: Makes the gate learn faster than the expert behind it under one learning rate: with 1 the expert reaches old traffic
-#: before the gate has learned to shut there, with 10 it is shut too soon.
+#: before the gate has learned to shut there. Not ablated yet.
 GATE_GAIN = 4.0
 
 

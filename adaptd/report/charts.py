@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-_SMOOTH = 40
+#: Requests of a point of a curve.
+SMOOTH = 40
 
 
 class ServedLike(Protocol):
@@ -39,11 +40,11 @@ class PhaseLike(Protocol):
 
 
 def rolling(emitted: FloatArray, rounds: FloatArray) -> FloatArray:
-    """Ratio of sums over the last `_SMOOTH` requests."""
+    """Ratio of sums over the last `SMOOTH` requests."""
 
     def windowed(values: FloatArray) -> FloatArray:
         total = np.concatenate([[0.0], np.cumsum(values)])
-        first = np.maximum(0, np.arange(1, len(values) + 1) - _SMOOTH)
+        first = np.maximum(0, np.arange(1, len(values) + 1) - SMOOTH)
         sums: FloatArray = total[1:] - total[first]
         return sums
 
@@ -81,23 +82,26 @@ def demo_figure(
                 at_request, [low] * len(at_request), marker=marker, color=color, label=label, zorder=3, clip_on=False
             )
     axes.set_xlabel("request")
-    axes.set_ylabel(f"mean acceptance length (last {_SMOOTH} requests)")
+    axes.set_ylabel(f"mean acceptance length (last {SMOOTH} requests)")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>adaptd demonstration</title><style>
+_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
 table{{border-collapse:collapse}}td,th{{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}}
-td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}</style></head><body>
-<h1>adaptd demonstration</h1><p>Mean acceptance length (emitted tokens per verification round, bonus included) of the
-adapting draft, counted while decoding, and of the frozen draft on the same answers.</p>
+td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}pre{{overflow-x:auto}}</style></head><body>
+<h1>{title}</h1>{text}
 <img alt="mean acceptance length over requests" src="data:image/png;base64,{image}">
-<h2>By phase</h2><table><tr><th>phase</th><th>requests</th><th>frozen, first 100</th><th>adapting, first 100</th>
-<th>frozen, last 100</th><th>adapting, last 100</th></tr>{rows}</table>
-<h2>Events</h2><table><tr><th>event</th><th>details</th></tr>{events}</table></body></html>
+{body}</body></html>
 """
+
+
+def write_page(path: Path, title: str, text: str, image: Path, body: str) -> None:
+    """A self-contained page around a PNG; `text` and `body` are HTML, `title` is not."""
+    encoded = base64.b64encode(image.read_bytes()).decode()
+    path.write_text(_PAGE.format(title=html.escape(title), text=text, image=encoded, body=body), encoding="utf-8")
 
 
 def demo_report(
@@ -122,6 +126,14 @@ def demo_report(
         + "</td></tr>"
         for e in result["events"]
     )
-    encoded = base64.b64encode(image.read_bytes()).decode()
-    page.write_text(_PAGE.format(image=encoded, rows=rows, events=events), encoding="utf-8")
+    heads = ("phase", "requests", "frozen, first 100", "adapting, first 100", "frozen, last 100", "adapting, last 100")
+    write_page(
+        page,
+        "adaptd demonstration",
+        "<p>Mean acceptance length (emitted tokens per verification round, bonus included) of the adapting draft, counted "
+        "while decoding, and of the frozen draft on the same answers.</p>",
+        image,
+        f"<h2>By phase</h2><table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</table>"
+        f"<h2>Events</h2><table><tr><th>event</th><th>details</th></tr>{events}</table>",
+    )
     return [image, page]

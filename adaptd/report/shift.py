@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from adaptd.report.charts import rolling
+from adaptd.report.charts import SMOOTH, rolling, write_page
 
 
 class RunLike(Protocol):
@@ -85,17 +84,11 @@ def figure(name: str, found: dict[str, Any], runs: Sequence[RunLike], folder: Pa
         axes.axvline(switch, color="grey", linewidth=0.8)
         axes.text(switch, 1.0, f" {phase['label']}", transform=axes.get_xaxis_transform(), va="bottom", fontsize=9)
         switch += phase["requests"]
-    axes.set(xlabel="requests", ylabel="mean acceptance length, last 40 requests")
+    axes.set(xlabel="requests", ylabel=f"mean acceptance length (last {SMOOTH} requests)")
     axes.legend(ncols=2, fontsize=8)
     png = folder / f"{name}.png"
     canvas.savefig(png, dpi=130)
     plt.close(canvas)
     page = folder / f"{name}.html"
-    image = base64.b64encode(png.read_bytes()).decode()
-    page.write_text(
-        f"<!doctype html><meta charset='utf-8'><title>adaptd bench shift: {html.escape(name)}</title>"
-        f"<h1>{html.escape(name)}</h1><img alt='MAL over requests' style='max-width:100%' "
-        f"src='data:image/png;base64,{image}'><pre>{html.escape(markdown(name, found))}</pre>\n",
-        encoding="utf-8",
-    )
+    write_page(page, f"adaptd bench shift: {name}", "", png, f"<pre>{html.escape(markdown(name, found))}</pre>")
     return [png, page]

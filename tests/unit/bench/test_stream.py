@@ -37,7 +37,7 @@ def test_a_moving_mixture_goes_from_one_domain_to_the_other() -> None:
 def test_every_seed_finds_enough_answers_in_the_pool() -> None:
     stream = Stream(name="m", phases=(Phase(mix={"a": 1, "b": 1, "c": 2}, requests=200),))
     for seed in range(300):
-        plan(stream, seed)
+        assert len(plan(stream, seed)) == 200
 
 
 def test_scaling_keeps_the_shape() -> None:
