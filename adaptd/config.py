@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -57,18 +57,20 @@ class AdaptConfig(_Section):
 
     scope: Literal["private_expert", "lora", "full"] = "private_expert"
     """`full` is the baseline of the benchmarks, not for production."""
-    width: int = Field(256, ge=1)
+    width: int = Field(128, ge=1)
     """Width of the private expert's bottleneck."""
     gated: bool = True
     """Learned gates of the private expert and the head's correction; without them both fold into a plain model."""
     lora_rank: int | None = Field(None, ge=0)
-    """Rank of LoRA, which has no gate; 0 for none; none given: 0 for private_expert, 16 for lora."""
+    """Rank of LoRA, which has no gate; 0 for none (private_expert only); none given: 16."""
     lora_alpha: float = Field(32.0, gt=0)
     """LoRA's delta is (lora_alpha / lora_rank) B A."""
     lora_targets: tuple[str, ...] | None = None
     """Layers by name; none given: attention for private_expert, every linear layer for lora."""
     head_rank: int | None = Field(None, ge=0)
     """Rank of the output head's correction; 0 for none; none given: 24 for private_expert, 0 for lora."""
+    embed_rank: int | None = Field(None, ge=0)
+    """Rank of the input embedding's correction; 0 for none; none given: 24 for private_expert, 0 for lora."""
     head_bias: bool = True
     """A learned bias in the output head's correction."""
 
@@ -80,8 +82,10 @@ class LearnConfig(_Section):
     """False serves and captures with the current draft and never learns."""
     objective: Literal["forward_kl", "reverse_kl", "jsd", "tv", "kl_tv", "cross_entropy", "entropy_adaptive"] = "kl_tv"
     """Divergence between target and draft, minimised at every captured position."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """`muon`: Muon on the private expert's matrices, AdamW on everything else; `adamw`: AdamW on all."""
     lr: float = Field(3e-3, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     warmup_steps: int = Field(10, ge=0)
@@ -94,7 +98,7 @@ class LearnConfig(_Section):
     """On anchors follow the better of published and day-0 draft, not the target: learning without forgetting."""
     batch_traces: int = Field(8, ge=1)
     """Traces a step."""
-    steps_per_tick: int = Field(16, ge=1)
+    steps_per_tick: int = Field(24, ge=1)
     """Optimiser steps between two gate decisions."""
     min_new_traces: int = Field(32, ge=1)
     """New traces that make a tick due."""
@@ -152,7 +156,7 @@ class BufferConfig(_Section):
     """Budget of the reserved traces, in encoded bytes."""
     ttl_s: float = Field(7 * 86400.0, gt=0)
     """Age at which a recent trace is dropped, in seconds."""
-    anchors: int = Field(512, ge=1)
+    anchors: int = Field(1024, ge=1)
     """Traces in the uniform reservoir."""
 
 
@@ -182,6 +186,21 @@ class DriftConfig(_Section):
 
     delta: float = Field(0.02, gt=0, lt=1)
     """Significance of a cut."""
+
+
+class RecallConfig(_Section):
+    """What the target said before, mixed into the draft's proposals."""
+
+    enabled: bool = True
+    """Each decoder keeps the distributions that it served, by context, and proposes from them too."""
+    orders: tuple[Annotated[int, Field(ge=1, le=16)], ...] = (1, 2, 3, 4)
+    """Lengths of the contexts, in tokens."""
+    echo: tuple[Annotated[int, Field(ge=1, le=16)], ...] = (2, 3)
+    """Lengths of the contexts that are looked up in the request's own text; none: no prompt lookup."""
+    entries: int = Field(2**18, ge=4)
+    """Contexts kept by a decoder, over all orders."""
+    width: int = Field(32, ge=1, le=256)
+    """Most likely tokens kept of each distribution."""
 
 
 class CheckpointsConfig(_Section):
@@ -258,6 +277,7 @@ class Config(BaseSettings):
     buffer: BufferConfig = BufferConfig()
     gate: GateConfig = GateConfig()
     drift: DriftConfig = DriftConfig()
+    recall: RecallConfig = RecallConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     server: ServerConfig = ServerConfig()
     ray: RayConfig = RayConfig()

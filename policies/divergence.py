@@ -13,6 +13,7 @@ the draft; the target is data.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,15 +65,42 @@ def draft_with_tail(draft_logits: Tensor, ids: Tensor) -> Tensor:
     _require_matrix("ids", ids)
     if ids.shape[0] != draft_logits.shape[0]:
         raise ValueError(f"ids ({ids.shape[0]} rows) must have as many rows as draft_logits ({draft_logits.shape[0]})")
-    logits = _at_least_float32(draft_logits)
-    ids = ids.long()
-    total = logits.logsumexp(-1, keepdim=True)
-    others = logits.scatter(-1, ids, -torch.inf)
-    empty = others.detach().amax(-1, keepdim=True) == -torch.inf
-    # A row without other tokens is replaced before the log-sum-exp: its gradient would be NaN even under a mask.
-    tail = others.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True) - total
-    tail = tail.masked_fill(empty, math.log(TAIL_FLOOR))
-    return torch.cat([logits.gather(-1, ids) - total, tail], dim=-1)
+    found: Tensor = _PickedWithTail.apply(_at_least_float32(draft_logits), ids.long())  # type: ignore[no-untyped-call]
+    return found
+
+
+class _PickedWithTail(torch.autograd.Function):
+    """`draft_with_tail` with its gradient written out: one [N, V] buffer and few passes over it, the dearest of a step.
+
+    With e_v = exp(z_v - m) over the other tokens, m their largest logit, the tail is m + log sum e and the total a
+    log-sum-exp over K+1 values. d out_i / d z_v = [v is i] - softmax_v for the K, and [v is other] e_v / sum e - softmax_v
+    for the tail.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        """[N, V] and [N, K] to [N, K+1]."""
+        others = logits.scatter(-1, ids, -torch.inf)
+        largest = others.amax(-1, keepdim=True)
+        empty = largest == -torch.inf
+        others.sub_(largest.masked_fill(empty, 0.0)).exp_()
+        mass = others.sum(-1, keepdim=True)
+        tail = (largest + mass.log()).masked_fill(empty, -torch.inf)
+        picked = torch.cat([logits.gather(-1, ids), tail], dim=-1)
+        out = picked - picked.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(others, mass, ids, out)
+        # A row without other tokens: its tail is a constant.
+        return out.masked_fill(torch.cat([torch.zeros_like(ids, dtype=torch.bool), empty], -1), math.log(TAIL_FLOOR))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """[N, K+1] to [N, V]."""
+        others, mass, ids, out = ctx.saved_tensors
+        empty = out[:, -1:] == -torch.inf
+        gradient = torch.cat([gradient[:, :-1], gradient[:, -1:].masked_fill(empty, 0.0)], -1)
+        inner = gradient - out.exp() * gradient.sum(-1, keepdim=True)
+        back = others * (inner[:, -1:] / mass.masked_fill(empty, 1.0))
+        return back.scatter_(-1, ids, inner[:, :-1]), None
 
 
 def forward_kl(p: Tensor, q: Tensor) -> Tensor:

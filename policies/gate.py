@@ -80,6 +80,8 @@ class Verdict:
     by_domain: dict[str, Interval]
     #: Traces that decided the gain.
     n: int
+    #: Domains that lose more than is allowed, whether or not the gain is sure.
+    losers: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """For JSON and the manifest."""
@@ -89,6 +91,7 @@ class Verdict:
             "gain": self.gain.as_dict(),
             "by_domain": {domain: interval.as_dict() for domain, interval in self.by_domain.items()},
             "n": self.n,
+            "losers": list(self.losers),
         }
 
 
@@ -219,7 +222,7 @@ def judge(
     silent = ", ".join(f"{domain} ({len(domains[domain])})" for domain in by_domain if domain not in judged)
     if silent:
         reason += f"; too few traces to veto: {silent}"
-    return Verdict(promote, reason, gain, by_domain, n)
+    return Verdict(promote, reason, gain, by_domain, n, losers=tuple(dict.fromkeys([*worse, *sunk])))
 
 
 def _sunk(

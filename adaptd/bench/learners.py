@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from adaptd.actors.parts import draft_learner, learner_cycle, load_draft
 from adaptd.bench.verify import rejections_only
 from adaptd.config import Config
+from adaptd.decoding.build import build_recall
 from buffers.memory_table import MemoryTable
 from buffers.table import NO_KEY, ReplaySample, SampleInfo, TableLimits
 from buffers.trace import Trace, is_reserved
@@ -40,7 +41,7 @@ class LearnerSpec(BaseModel):
     about: str = ""
     kind: Kind
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Over the configuration, by section: `adapt`, `learn`, `gate`, `capture`."""
+    """Over the configuration, by section: `adapt`, `learn`, `gate`, `capture`, `recall`."""
     rates: tuple[float, ...] = ()
     """Learning rates of the sweep; `learn.lr` in `settings` is the one it chose."""
     update_every: int = Field(32, ge=1)
@@ -70,6 +71,7 @@ class Learner:
         self.config = config
         self.rng = np.random.default_rng([seed, 0x1EA2])
         self.draft, _ = load_draft(config, "cpu", "float32", serving=False)
+        self.recall = build_recall(config, "cpu")
         self.version = 0
         self.seconds = 0.0
         self.trained_tokens = 0

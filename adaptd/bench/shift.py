@@ -96,7 +96,9 @@ def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, see
     kept = positions = 0
     for start in range(0, len(answers), CHUNK):
         chunk = answers[start : start + CHUNK]
-        found, traces = verify(learner.model, chunk, learner.config.engine.k, rng, version=learner.version)
+        found, traces = verify(
+            learner.model, chunk, learner.config.engine.k, rng, version=learner.version, recall=learner.recall
+        )
         emitted += [p.emitted for p in found]
         rounds += [p.rounds for p in found]
         versions += [learner.version] * len(chunk)
@@ -193,7 +195,13 @@ def summarise(stream: Stream, runs: Sequence[Run], settle: int) -> dict[str, Any
                 metrics.interval([r.curve.mal(max(p[0], p[1] - 100), p[1]) for r in by_seed.values()]) for p in phases
             ],
             "forgetting": metrics.interval(
-                [metrics.forgetting(t[0], t[1], phases[back[0]], phases[back[1]]) for t in triples] if back else []
+                [
+                    metrics.forgetting(run.curve, frozen[s].curve, phases[back[0]], phases[back[1]])
+                    for s, run in by_seed.items()
+                    if s in frozen
+                ]
+                if back
+                else []
             ),
             "trainable_fraction": any_run.trainable_fraction,
             "trainable_bytes": any_run.trainable_bytes,

@@ -14,20 +14,31 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaptd.learning.batch import collate, draft_logits
-from adaptd.learning.evaluate import acceptance
+from adaptd.decoding.recall import observe_trace
+from adaptd.learning.batch import Batch, collate, draft_logits
+from adaptd.learning.evaluate import acceptance, served_logprob
 from buffers.trace import NO_TOKEN, Source, Trace
 from policies.acceptance import Profile, acceptance_profiles
+from policies.recall import Recall
 from policies.surprise import surprise_priority, surprise_ratio
+from policies.warp import served_probs
 
 _BATCH = 32
 
 
 @torch.inference_mode()
 def verify(
-    model: PreTrainedModel, traces: Sequence[Trace], k: int, rng: np.random.Generator, *, version: int, k_draft: int = 8
+    model: PreTrainedModel,
+    traces: Sequence[Trace],
+    k: int,
+    rng: np.random.Generator,
+    *,
+    version: int,
+    k_draft: int = 8,
+    recall: Recall | None = None,
 ) -> tuple[list[Profile], list[Trace]]:
     """Expected counts of each answer under this draft, and the traces that it would have left.
 
@@ -38,6 +49,7 @@ def verify(
       rng: draws which proposals are accepted. Its state afterwards depends on the answers only, not on the draft.
       version: of the draft, for the traces.
       k_draft: draft candidates kept at a correction.
+      recall: what the decoder remembers; it learns from these answers after all of them have been verified.
     """
     accepts: list[NDArray[np.float64]] = []
     seen: list[Trace] = []
@@ -45,7 +57,7 @@ def verify(
         group = traces[start : start + _BATCH]
         batch = collate(group, max(len(t.tokens) for t in group))
         logits = draft_logits(model, batch)
-        found = acceptance(logits, batch, group)
+        found = acceptance(logits, batch, group) if recall is None else _recalled(recall, logits, batch, group)
         logprobs = logits.log_softmax(-1)
         best = logprobs.topk(k_draft, dim=-1)
         token = logprobs.gather(-1, batch.token_ids[:, None])[:, 0].numpy(force=True)
@@ -57,7 +69,30 @@ def verify(
             seen.append(
                 _trace(trace, accept, rng.random(len(accept)), k, token[rows], ids[rows], values[rows], version)
             )
+    if recall is not None:
+        for trace in traces:
+            observe_trace(recall, trace)
     return acceptance_profiles(accepts, k), seen
+
+
+def _recalled(recall: Recall, logits: Tensor, batch: Batch, traces: Sequence[Trace]) -> list[NDArray[np.float64]]:
+    """`acceptance` of proposals with what is recalled mixed in; weighs the sources after each answer."""
+    accepted: list[NDArray[np.float64]] = []
+    columns = (logits, batch.row, batch.column, batch.token_ids, served_logprob(batch))
+    for trace, *of_trace in zip(traces, *(torch.split(c, list(batch.lengths)) for c in columns), strict=True):
+        rows, row, column, token, p = of_trace
+        found = recall.look(batch.input_ids[row], column + 1, torch.full_like(row, recall.slot(trace.domain)))
+        if trace.temperature == 0:
+            q = nn.functional.one_hot(rows.argmax(-1), rows.shape[-1]).float()
+            accept, p = (recall.mix(q, found).argmax(-1) == token).double(), torch.zeros_like(p)
+            own = q.gather(-1, token[:, None])[:, 0]
+        else:
+            q = served_probs(rows, trace.temperature, trace.top_k, trace.top_p)
+            own = q.gather(-1, token[:, None])[:, 0]
+            accept = (found.mixed_at(own, token) / p.exp()).clamp_max(1.0).double()
+        recall.learn(found, own, p.exp(), token, torch.ones_like(token, dtype=torch.bool))
+        accepted.append(accept.numpy(force=True))
+    return accepted
 
 
 def _trace(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaptd.config import Config
 from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.loop import DecodeLoop
+from policies.recall import Recall
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -18,6 +20,14 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
     return {i for i in ids if i is not None}
+
+
+def build_recall(config: Config, device: torch.device | str) -> Recall | None:
+    """The memory of one decoder, if it is to have one."""
+    c = config.recall
+    if not c.enabled:
+        return None
+    return Recall(orders=c.orders, echo=c.echo, entries=c.entries, width=c.width, device=device)
 
 
 def build_engine(
@@ -55,6 +65,7 @@ def build_engine(
         )
         if capture
         else None,
+        recall=build_recall(config, next(target.parameters()).device),
     )
 
 

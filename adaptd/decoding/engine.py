@@ -26,12 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from adaptd.decoding.capture import CaptureConfig, Round, RoundPacker, Words
+from adaptd.decoding.recall import RecallRound, observe_trace
 from adaptd.decoding.request import DecodeRequest, Delta, Detokenize, Finished, FinishReason
 from adaptd.decoding.row import Row
 from adaptd.decoding.runner import ModelRunner, columns
 from adaptd.decoding.sampling import RowParams, choose, warp
 from adaptd.decoding.verify import verify_greedy, verify_sampled
 from adaptd.errors import ContextLengthExceeded, Overloaded
+from policies.recall import Recall
 
 #: Cache positions seen by a pass are rounded up to a multiple of this, so that shapes repeat.
 LENGTH_STEP = 32
@@ -49,6 +51,7 @@ class SpeculativeDecoder:
       eos_ids: tokens that end an answer.
       detokenize: token ids to text; None: no text, and no stop strings.
       capture: what to keep for traces; None keeps nothing.
+      recall: what was served before, mixed into the proposals and fed from the captured answers; None: the draft alone.
       prefill_tokens: prompt tokens read a step, over all rows that join together.
       draft_version: version of the draft's weights; its owner sets the attribute after a swap.
       clock: unix seconds, for `Trace.created_at`.
@@ -66,6 +69,7 @@ class SpeculativeDecoder:
         eos_ids: Collection[int] = (),
         detokenize: Detokenize | None = None,
         capture: CaptureConfig | None = None,
+        recall: Recall | None = None,
         prefill_tokens: int = 1024,
         draft_version: int = 0,
         clock: Callable[[], float] = time.time,
@@ -89,6 +93,7 @@ class SpeculativeDecoder:
         self.vocab_size = self._target.vocab_size
         self._packer = RoundPacker(k, min(self._target.vocab_size, self._draft.vocab_size), capture)
         self.device = self._target.device
+        self._recall = None if recall is None else RecallRound(recall, capacity, self.device)
         self._offsets = torch.arange(-2, k, device=self.device)
         self._rows: list[Row] = []
         self._joining: list[Row] = []
@@ -201,7 +206,10 @@ class SpeculativeDecoder:
                 last_only=True,
             )
             logits = self._like_target(logits[:, 0])
-            proposal, q = choose(logits, params, uniforms[:, i])
+            if self._recall is None:
+                proposal, q = choose(logits, params, uniforms[:, i])
+            else:
+                proposal, q = self._recall.propose(self._n, logits, params, uniforms[:, i])
             fed = proposal[:, None]
             drafted.append(proposal)
             logits_seen.append(logits)
@@ -226,8 +234,10 @@ class SpeculativeDecoder:
 
         # The token before the final one is the last accepted proposal, or the token this round began with.
         self._last_two = torch.cat((fed.gather(1, n_accepted[:, None]), final[:, None]), 1)
-        self._n = self._n + n_accepted + 1
         tokens = torch.cat((proposals, final[:, None]), 1).scatter_(1, n_accepted[:, None], final[:, None])
+        if self._recall is not None:
+            self._recall.settle(self._n, p, tokens, n_accepted, params)
+        self._n = self._n + n_accepted + 1
         played = Round(logits, torch.stack(logits_seen, 1), p, proposals, n_accepted, tokens)
         self.rounds += 1
         return self._packer.pack(played, params, self._observe)
@@ -251,6 +261,8 @@ class SpeculativeDecoder:
         trace = None
         if row.words and reason != "abort":
             trace = self._packer.assemble(row.request, row.tokens, row.words, row.version_max, self._clock())
+            if self._recall is not None:
+                observe_trace(self._recall.recall, trace)
         return Finished(
             request_id=row.request.request_id,
             token_ids=tuple(row.tokens[row.prompt_len :]),
@@ -341,6 +353,8 @@ class SpeculativeDecoder:
             [[row.tokens[max(0, len(row.tokens) - 2)], row.tokens[-1]] for row in rows], device=device
         )
         self._params = RowParams.build([row.request.params for row in rows], self.vocab_size, device)
+        if self._recall is not None:
+            self._recall.start([row.tokens for row in rows], [row.request.domain for row in rows])
         self._observe = self._packer.config is not None and any(row.request.store for row in rows)
         self._stale = False
 

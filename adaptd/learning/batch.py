@@ -113,7 +113,9 @@ def draft_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
         ids = batch.input_ids[group, : max(batch.widths[i] for i in group)]
         parts.append(_forward(model, ids, place[batch.row[here]], batch.column[here]))
         places.append(here)
-    return torch.cat(parts)[torch.cat(places).argsort()]
+    place = torch.cat(places)
+    joined = torch.cat(parts)
+    return joined if bool((place.diff() > 0).all()) else joined[place.argsort()]
 
 
 def _forward(model: PreTrainedModel, input_ids: Tensor, row: Tensor, column: Tensor) -> Tensor:

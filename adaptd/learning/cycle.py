@@ -24,12 +24,20 @@ from adaptd.learning.evaluate import profiles
 from adaptd.learning.learner import DraftLearner
 from adaptd.log import logger
 from buffers.table import NO_KEY, ReplaySample, ReplayTable
+from buffers.trace import is_reserved
 from checkpoints.manifest import Manifest
 from checkpoints.store import CheckpointStore
 from policies.gate import GAIN_STRATUM, Score, Verdict, judge
 from policies.selection import Mixture, Prioritized, Uniform, importance_weights
 
 _log = logger(__name__)
+
+#: Share of the anchors that only the gate reads: on those that are learned from, forgetting does not show.
+GUARD_SHARE = 0.25
+
+#: What a loss on old traffic does to the anchors' share of a batch, what a promotion takes back, and its bounds: the
+#: share follows the gate as a multiplier follows its constraint (dual ascent, Boyd and Vandenberghe 2004, chapter 5).
+HOLD_UP, HOLD_DOWN, HOLD_MAX = 1.5, 0.9, 6.0
 
 #: Steps whose loss was not finite, in a row, after which learning goes back to the last published version.
 MAX_SKIPPED = 3
@@ -86,7 +94,7 @@ class LearnerCycle:
         self._table, self._store, self._learner, self._identity = table, store, learner, identity
         self._learn, self._gate, self._k = learn, gate, k
         self._state_file, self._rng, self._clock = state_file, rng, clock
-        self._mixture = Mixture(learn.lam, learn.epsilon, learn.mix_after)
+        self._hold = 1.0
         self._last_key = NO_KEY
         self._seen_total = 0
         self._phase_steps = 0
@@ -189,13 +197,15 @@ class LearnerCycle:
             selector = Prioritized(self._learn.priority_exponent)
             pools["selected"] = self._table.sample(draws, selector, self._rng, "recent")
         if self._table.can_sample(1, "anchors"):
-            pools["anchors"] = self._table.sample(draws, Uniform(), self._rng, "anchors")
+            drawn = self._table.sample(draws, Uniform(), self._rng, "anchors")
+            pools["anchors"] = [s for s in drawn if not _guards(s)]
         if not fresh:
             pools["fresh"] = pools["selected"]
         return pools if pools["fresh"] else None
 
     def _one_step(self, pools: Mapping[str, Sequence[ReplaySample]], report: TickReport) -> float | None:
-        counts = self._mixture.counts(self._learn.batch_traces, self._phase_steps)
+        mixture = Mixture(self._learn.lam, self._learn.epsilon * self._hold, self._learn.mix_after)
+        counts = mixture.counts(self._learn.batch_traces, self._phase_steps)
         chosen: list[ReplaySample] = []
         weights: list[np.ndarray] = []
         for stratum, n in (("fresh", counts.fresh), ("selected", counts.selected), ("anchors", counts.anchors)):
@@ -247,7 +257,11 @@ class LearnerCycle:
             level=self._gate.level,
             floor=floor,
         )
-        report.verdict = verdict.as_dict()
+        report.verdict = verdict.as_dict() | {"hold": self._hold}
+        if verdict.losers:
+            self._hold = min(HOLD_MAX, self._hold * HOLD_UP)
+        elif verdict.promote:
+            self._hold = max(1.0, self._hold * HOLD_DOWN)
         if verdict.promote:
             report.published = self._publish(candidate_state, verdict, samples).version
             self._incumbent_scores = {s.info.key: score for (_, s), score in zip(samples, candidate, strict=True)}
@@ -265,11 +279,13 @@ class LearnerCycle:
                 self._restart(f"{self._refusals} refusals in a row")
 
     def _judged_samples(self) -> list[tuple[str, ReplaySample]]:
-        """Newest reserved traces decide the gain; older reserved ones and anchors guard every domain."""
+        """Newest reserved traces decide the gain; anchors that were never learned from, and older reserved traces, guard
+        every domain."""
         reserved = sorted(self._table.all("reserved", self._gate.max_traces), key=lambda s: s.info.key, reverse=True)
         window = max(self._gate.min_traces, self._gate.max_traces // 3)
-        anchors = self._table.all("anchors", self._gate.max_traces)
-        guards = [*reserved[window:], *anchors][: self._gate.max_traces]
+        wanted = round(self._gate.max_traces / GUARD_SHARE)
+        anchors = [s for s in self._table.all("anchors", wanted) if _guards(s)]
+        guards = [*anchors, *reserved[window:]][: self._gate.max_traces]
         return [(GAIN_STRATUM, s) for s in reserved[:window]] + [("guard", s) for s in guards]
 
     def _scores(self, samples: Sequence[tuple[str, ReplaySample]]) -> list[Score]:
@@ -353,3 +369,8 @@ class LearnerCycle:
             "last_loss": self.history[-1].loss if self.history else None,
             "history": [dataclasses.asdict(r) for r in self.history[-8:]],
         }
+
+
+def _guards(sample: ReplaySample) -> bool:
+    """Whether this anchor is the gate's, by a hash of its own: reserved traces are no anchors."""
+    return is_reserved(f"guard {sample.trace.request_id}", GUARD_SHARE)

@@ -24,7 +24,7 @@ def acceptance(logits: Tensor, batch: Batch, traces: Sequence[Trace]) -> list[np
     """Per trace, the probability that each captured position would have been accepted: arrays [R] float64."""
     token = batch.token_ids[:, None]
     greedy = (logits.argmax(-1) == batch.token_ids).double().numpy(force=True)
-    p = _served_logprob(batch).numpy(force=True)
+    p = served_logprob(batch).numpy(force=True)
     parts: list[np.ndarray] = []
     start = 0
     for trace, length in zip(traces, batch.lengths, strict=True):
@@ -39,7 +39,7 @@ def acceptance(logits: Tensor, batch: Batch, traces: Sequence[Trace]) -> list[np
     return parts
 
 
-def _served_logprob(batch: Batch) -> Tensor:
+def served_logprob(batch: Batch) -> Tensor:
     """log p of the emitted token; where not captured, from the top K, else the whole tail (acceptance not overstated)."""
     unknown = batch.target_logprob[batch.judged].isnan()
     served = batch.target_logprob.clone()

@@ -6,14 +6,16 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from adaptd.learning.batch import collate, draft_logits
+from adaptd.learning.muon import Muon
 from buffers.table import ReplaySample
 from buffers.trace import Trace
 from policies.divergence import draft_with_tail, forward_kl, with_tail
@@ -33,6 +35,9 @@ class Adapted(Protocol):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The only tensors that may change, by name."""
+
+    def matrices(self) -> set[str]:
+        """Names of those that Muon is made for."""
 
     def state(self) -> dict[str, Tensor]:
         """Copies of them."""
@@ -59,11 +64,12 @@ class StepReport:
 
 
 class DraftLearner:
-    """AdamW on the trainable tensors of one adapted draft; owns nothing else.
+    """AdamW, or Muon and AdamW, on the trainable tensors of one adapted draft; owns nothing else.
 
     Args:
       draft: the training instance.
       objective: name in `policies.objectives.OBJECTIVES`.
+      optimizer: "muon": Muon on the private expert's matrices, AdamW on everything else; "adamw": AdamW on all.
       lr: peak learning rate; rises linearly over `warmup_steps`.
       weight_decay: decoupled.
       clip: largest gradient norm.
@@ -75,6 +81,7 @@ class DraftLearner:
     #: Keyword arguments of the constructor, the names of section `learn` of the configuration.
     OPTIONS = (
         "objective",
+        "optimizer",
         "lr",
         "weight_decay",
         "warmup_steps",
@@ -91,6 +98,7 @@ class DraftLearner:
         *,
         objective: str,
         lr: float,
+        optimizer: Literal["muon", "adamw"] = "adamw",
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         clip: float = 1.0,
@@ -103,7 +111,7 @@ class DraftLearner:
         self.draft = draft
         self._objective, self._lr, self._warmup, self._clip = objective, lr, warmup_steps, clip
         self._max_tokens, self._priority, self._tau = max_tokens, priority, tau
-        self._weight_decay, self._average_decay = weight_decay, average_decay
+        self._weight_decay, self._average_decay, self._optimizer = weight_decay, average_decay, optimizer
         self._parameters = draft.trainable()
         self.steps = 0
         self.skipped_in_a_row = 0
@@ -111,9 +119,16 @@ class DraftLearner:
         self._new_optimiser()
 
     def _new_optimiser(self) -> None:
-        self._optimiser = torch.optim.AdamW(
-            self._parameters.values(), lr=self._lr, weight_decay=self._weight_decay, betas=(0.9, 0.98)
-        )
+        matrices = self.draft.matrices() if self._optimizer == "muon" else set()
+        orthogonal = [p for name, p in self._parameters.items() if name in matrices]
+        plain = [p for name, p in self._parameters.items() if name not in matrices]
+        self._optimisers: list[torch.optim.Optimizer] = []
+        if plain:
+            self._optimisers.append(
+                torch.optim.AdamW(plain, lr=self._lr, weight_decay=self._weight_decay, betas=(0.9, 0.98))
+            )
+        if orthogonal:
+            self._optimisers.append(Muon(orthogonal, lr=self._lr, weight_decay=self._weight_decay))
         self._since_restart = 0
         self._average = self.draft.state()
 
@@ -121,24 +136,31 @@ class DraftLearner:
         """One update on `samples`; `weights` [len(samples)] multiply each trace's positions (importance weights)."""
         started = time.perf_counter()
         device = next(iter(self._parameters.values())).device
+        weights = np.ones(len(samples)) if weights is None else np.asarray(weights)
+        # By length: what is split into short and long then needs no reordering of [N, V] behind it.
+        order = sorted(range(len(samples)), key=lambda i: len(samples[i].trace.tokens))
+        samples, weights = [samples[i] for i in order], weights[order]
         batch = collate([s.trace for s in samples], self._max_tokens, device)
         kept = torch.tensor([s.info.stratum == "anchors" for s in samples], device=device)[batch.row[batch.judged]]
         rows = batch.judged[kept] if self._reference is not None else batch.judged[:0]
         # In front of the forward pass that learns: it needs the weights as they are when gradients are taken.
         reference = self._reference_logprobs([s.trace for s in samples if s.info.stratum == "anchors"], device)
         logits = draft_logits(self.draft.model, batch)
+        # Where every position was captured there is nothing to pick, and a copy of [N, V] and of its gradient to save.
+        judged = logits if len(batch.judged) == len(logits) else logits[batch.judged]
         divergence = compute_objective(
             self._objective,
             p=with_tail(batch.topk_logprobs),
-            q=draft_with_tail(logits[batch.judged], batch.topk_ids),
-            draft_logits=logits[batch.judged],
+            q=draft_with_tail(judged, batch.topk_ids),
+            draft_logits=judged,
             token_ids=batch.token_ids[batch.judged],
         )
         if len(rows):
-            moved = (reference.exp() * (reference - logits[rows].log_softmax(-1))).sum(-1)
+            moved = functional.kl_div(logits[rows].log_softmax(-1), reference, reduction="none", log_target=True).sum(
+                -1
+            )
             divergence = divergence.masked_scatter(kept, moved)
-        per_trace = torch.ones(len(samples)) if weights is None else torch.from_numpy(np.asarray(weights)).float()
-        weight = per_trace.to(device)[batch.row[batch.judged]]
+        weight = torch.from_numpy(weights).float().to(device)[batch.row[batch.judged]]
         loss = (divergence * weight).sum() / weight.sum()
         applied = bool(torch.isfinite(loss)) and self._apply(loss)
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
@@ -185,15 +207,16 @@ class DraftLearner:
         self._reference = tensors
 
     def _apply(self, loss: Tensor) -> bool:
-        self._optimiser.zero_grad(set_to_none=True)
+        self._forget_gradients()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._clip)
         if not bool(torch.isfinite(norm)):
-            self._optimiser.zero_grad(set_to_none=True)
+            self._forget_gradients()
             return False
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._lr * min(1.0, (self._since_restart + 1) / max(1, self._warmup))
-        self._optimiser.step()
+        for optimiser in self._optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self._lr * min(1.0, (self._since_restart + 1) / max(1, self._warmup))
+            optimiser.step()
         self.steps += 1
         self._since_restart += 1
         # Short memory at first, so that the average does not cling to where it started.
@@ -202,6 +225,10 @@ class DraftLearner:
             for name, parameter in self._parameters.items():
                 self._average[name].lerp_(parameter, 1 - keep)
         return True
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def _priorities(
         self, samples: Sequence[ReplaySample], logits: Tensor, token_ids: Tensor, lengths: Sequence[int]
@@ -230,8 +257,9 @@ class DraftLearner:
         """Weights, moments and counters as flat tensors, ready for safetensors."""
         tensors = {f"weight/{name}": t for name, t in self.draft.state().items()}
         for name, parameter in self._parameters.items():
-            for key, value in self._optimiser.state.get(parameter, {}).items():
-                tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().clone()
+            for optimiser in self._optimisers:
+                for key, value in optimiser.state.get(parameter, {}).items():
+                    tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().clone()
         tensors |= {f"average/{name}": t for name, t in self.average().items()}
         return tensors | {"steps": torch.tensor([self.steps, self._since_restart])}
 
@@ -247,10 +275,14 @@ class DraftLearner:
         self.draft.load(weights)
         self._new_optimiser()
         for name, parameter in self._parameters.items():
-            moments = {
-                k: tensors[f"{k}/{name}"].clone() for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors
-            }
-            if moments:
-                self._optimiser.state[parameter] = moments
+            for optimiser, keys in zip(self._optimisers, map(_moments, self._optimisers), strict=True):
+                known = {key: tensors[f"{key}/{name}"].clone() for key in keys if f"{key}/{name}" in tensors}
+                if len(known) == len(keys) and any(parameter is p for g in optimiser.param_groups for p in g["params"]):
+                    optimiser.state[parameter] = known
         self._average = {name: tensors[f"average/{name}"].clone() for name in weights}
         self.steps, self._since_restart = (int(v) for v in tensors["steps"])
+
+
+def _moments(optimiser: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What an optimiser keeps of a parameter."""
+    return ("momentum_buffer",) if isinstance(optimiser, Muon) else ("step", "exp_avg", "exp_avg_sq")

@@ -158,6 +158,19 @@ def head_name(model: PreTrainedModel) -> str:
     raise ConfigError(f"{type(model).__name__} has no linear output head: set head_rank to 0")
 
 
+def embedding_name(model: PreTrainedModel) -> str:
+    """The name of the input embedding.
+
+    Raises:
+      ConfigError: the model has none.
+    """
+    embedding = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        if module is embedding:
+            return str(name)
+    raise ConfigError(f"{type(model).__name__} has no input embedding: set embed_rank to 0")
+
+
 def _head(model: PreTrainedModel) -> nn.Module | None:
     head: nn.Module | None = model.get_output_embeddings()
     return head

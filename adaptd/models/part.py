@@ -22,14 +22,18 @@ class Part(ABC):
     Attributes:
       parameters: the learned tensors by their name in a checkpoint, float32, in a fixed order.
       random: those names whose day-0 value is random; the others start at zero.
+      matrices: those names that map one hidden space to another at full rank: what Muon is made for.
     """
 
     def __init__(self) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
         self.random: set[str] = set()
+        self.matrices: set[str] = set()
 
-    def add(self, name: str, parameter: nn.Parameter, *, random: bool = False) -> nn.Parameter:
+    def add(self, name: str, parameter: nn.Parameter, *, random: bool = False, matrix: bool = False) -> nn.Parameter:
         """Register a learned tensor."""
+        if matrix:
+            self.matrices.add(name)
         self.parameters[name] = parameter
         if random:
             self.random.add(name)

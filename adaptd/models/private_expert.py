@@ -59,8 +59,8 @@ class PrivateExperts(Part):
             up = learned(len(ffn.inner) * width, ffn.hidden, device=device)
             gate = learned(1, ffn.hidden, device=device) if gated else None
             self.experts[ffn.name] = ExpertTensors(
-                self.add(f"{ffn.name}.private.up.weight", up, random=True),
-                self.add(f"{ffn.name}.private.down.weight", learned(ffn.hidden, width, device=device)),
+                self.add(f"{ffn.name}.private.up.weight", up, random=True, matrix=True),
+                self.add(f"{ffn.name}.private.down.weight", learned(ffn.hidden, width, device=device), matrix=True),
                 gate if gate is None else self.add(f"{ffn.name}.gate.weight", gate),
             )
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adaptd.errors import AdaptdError, ConfigError
+from adaptd.models.embedding import EmbeddingCorrection
 from adaptd.models.full import Full
 from adaptd.models.fused_expert import FusedExperts
 from adaptd.models.head import MergedHead, TrainedHead
@@ -43,11 +44,11 @@ class ScopeConfig:
 
     scope: str = "private_expert"
     #: private_expert: width of the private expert; the base's intermediate size is the scale to compare it with.
-    width: int = 256
+    width: int = 128
     #: private_expert: learned gates of the private expert and of the head's correction; False holds them at one, which
     #: can be folded into a plain model.
     gated: bool = True
-    #: Rank of LoRA; 0 leaves it out (private_expert only); None: 0 for private_expert, 16 for lora.
+    #: Rank of LoRA; 0 leaves it out (private_expert only); None: 16.
     lora_rank: int | None = None
     #: LoRA's delta is (lora_alpha / lora_rank) B A.
     lora_alpha: float = 32.0
@@ -55,6 +56,8 @@ class ScopeConfig:
     lora_targets: Sequence[str] | None = None
     #: Rank of the output head's correction; 0 leaves it out; None: 24 for private_expert, 0 for lora.
     head_rank: int | None = None
+    #: Rank of the input embedding's correction; 0 leaves it out; None: 24 for private_expert, 0 for lora.
+    embed_rank: int | None = None
     #: A learned bias in the output head's correction; such a draft cannot be folded into a plain model.
     head_bias: bool = True
     #: Seed of the random day-0 values.
@@ -71,8 +74,9 @@ class ScopeConfig:
             raise ConfigError(f"lora_rank ({self.lora_rank}) must be at least {lowest} for scope {self.scope}")
         if self.lora_alpha <= 0:
             raise ConfigError(f"lora_alpha ({self.lora_alpha}) must be above 0")
-        if self.head_rank is not None and self.head_rank < 0:
-            raise ConfigError(f"head_rank ({self.head_rank}) must be at least 0")
+        for name, rank in (("head_rank", self.head_rank), ("embed_rank", self.embed_rank)):
+            if rank is not None and rank < 0:
+                raise ConfigError(f"{name} ({rank}) must be at least 0")
         if self.lora_targets is not None:
             if isinstance(self.lora_targets, str) or not self.lora_targets:
                 raise ConfigError(f"lora_targets ({self.lora_targets!r}) must be a list of layer names, or null")
@@ -87,10 +91,17 @@ class ScopeConfig:
         return self.head_rank
 
     @property
+    def effective_embed_rank(self) -> int:
+        """`embed_rank` with the scope's default filled in."""
+        if self.embed_rank is None:
+            return 24 if self.scope == "private_expert" else 0
+        return self.embed_rank
+
+    @property
     def effective_lora_rank(self) -> int:
         """`lora_rank` with the scope's default filled in."""
         if self.lora_rank is None:
-            return 16 if self.scope == "lora" else 0
+            return 16
         return self.lora_rank
 
     @property
@@ -163,6 +174,9 @@ class AdaptedDraft:
         layers = self._lora_layers() if lora_rank else {}
         feed_forwards = ffns(model) if config.scope == "private_expert" else []
         rank, head = config.effective_head_rank, head_name(model) if config.effective_head_rank else ""
+        # The same in both forms: beside a table lookup there is nothing to merge.
+        embed_rank = config.effective_embed_rank
+        embedding = [EmbeddingCorrection(model, embed_rank)] if embed_rank else []
         parts: list[Part] = []
         if self.serving:
             if feed_forwards:
@@ -173,14 +187,14 @@ class AdaptedDraft:
                 parts.append(TrainedHead(model, head, rank, config.head_bias, gated=True))
             elif head:
                 parts.append(MergedHead(model, head, rank, config.head_bias))
-            return parts
+            return [*parts, *embedding]
         if layers:
             parts.append(PeftLora(model, layers, lora_rank, config.lora_alpha))
         if feed_forwards:
             parts.append(TrainedExperts(model, feed_forwards, config.width, config.gated))
         if head:
             parts.append(TrainedHead(model, head, rank, config.head_bias, config.gated_head))
-        return parts
+        return [*parts, *embedding]
 
     def _lora_layers(self) -> dict[str, nn.Module]:
         if self._config.lora_targets is not None:
@@ -193,6 +207,10 @@ class AdaptedDraft:
         """The learned tensors by checkpoint name, sorted; in the training form the only ones that require gradients."""
         merged = {name: p for part in self._parts for name, p in part.parameters.items()}
         return dict(sorted(merged.items()))
+
+    def matrices(self) -> set[str]:
+        """Names of the learned tensors that map one hidden space to another at full rank."""
+        return {name for part in self._parts for name in part.matrices}
 
     def expected(self) -> dict[str, Tensor]:
         """The live storage of the learned tensors: check a checkpoint against it, copy into it, then `refresh`."""

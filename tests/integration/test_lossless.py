@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.request import DecodeRequest, Finished, SamplingParams
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
+from policies.recall import Recall
 
 PROMPTS_PER_DOMAIN = 50
 TOKENS = 16
@@ -51,12 +53,19 @@ def expected(pocket_target: Any, pocket_tokenizer: Any, chosen: list[list[int]])
     return reference(pocket_target, chosen, pocket_tokenizer.eos_token_id)
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(("batch", "recalls"), [(1, False), (8, False), (8, True)])
 def test_greedy_output_equals_transformers_on_two_hundred_prompts(
-    pocket_target: Any, pocket_draft: Any, pocket_tokenizer: Any, chosen: Any, expected: Any, batch: int
+    pocket_target: Any, pocket_draft: Any, pocket_tokenizer: Any, chosen: Any, expected: Any, batch: int, recalls: bool
 ) -> None:
     engine = SpeculativeDecoder(
-        pocket_target, pocket_draft, k=K, max_batch=batch, max_length=320, eos_ids=[pocket_tokenizer.eos_token_id]
+        pocket_target,
+        pocket_draft,
+        k=K,
+        max_batch=batch,
+        max_length=320,
+        eos_ids=[pocket_tokenizer.eos_token_id],
+        capture=CaptureConfig(),
+        recall=Recall() if recalls else None,
     )
     done = decode(engine, chosen, temperature=0.0)
     assert [list(done[i].token_ids) for i in range(len(chosen))] == expected

@@ -9,6 +9,7 @@ from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.request import DecodeRequest, SamplingParams
 from adaptd.decoding.sampling import RowParams, warp
+from policies.recall import Recall
 from tests.unit.decoding.tiny import disturb, make_draft, make_model, make_prompts, serve
 
 VOCAB, DRAWS = 8, 20_480
@@ -26,20 +27,25 @@ def exact_pairs(target: torch.nn.Module, params: SamplingParams) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("k", "params"),
+    ("k", "params", "recalls"),
     [
-        (1, SamplingParams(temperature=1.0, max_tokens=2)),
-        (3, SamplingParams(temperature=0.8, top_p=0.9, top_k=6, max_tokens=2)),
+        (1, SamplingParams(temperature=1.0, max_tokens=2), False),
+        (3, SamplingParams(temperature=0.8, top_p=0.9, top_k=6, max_tokens=2), False),
+        (1, SamplingParams(temperature=1.0, max_tokens=2), True),
+        (3, SamplingParams(temperature=0.8, top_p=0.9, top_k=6, max_tokens=2), True),
     ],
-    ids=["plain", "warped"],
+    ids=["plain", "warped", "plain with recall", "warped with recall"],
 )
 def test_the_first_two_tokens_have_the_exact_joint_distribution_with_swaps_in_between(
-    k: int, params: SamplingParams
+    k: int, params: SamplingParams, recalls: bool
 ) -> None:
     """k = 1 spreads the two tokens over rounds, k = 3 puts them into one."""
     target = make_model(vocab=VOCAB)
     draft = make_draft(target, noise=0.06)
-    engine = SpeculativeDecoder(target, draft, k=k, max_batch=1024, max_length=16)
+    # Few candidates are kept, so that what is recalled is wrong, too.
+    recall = Recall(orders=(1, 2), echo=(1,), entries=64, width=3) if recalls else None
+    capture = CaptureConfig(k_top=3) if recalls else None
+    engine = SpeculativeDecoder(target, draft, k=k, max_batch=1024, max_length=16, capture=capture, recall=recall)
     requests = [
         DecodeRequest(str(seed), PROMPT, SamplingParams(**{**_fields(params), "seed": seed})) for seed in range(DRAWS)
     ]
@@ -53,6 +59,9 @@ def test_the_first_two_tokens_have_the_exact_joint_distribution_with_swaps_in_be
     accepted = sum(finished.stats.accepted for finished in done.values())
     judged = sum(sum(finished.stats.reached_at) for finished in done.values())
     assert 0.2 < accepted / judged < 0.95, "the test needs rejections and acceptances"
+    if recall is not None:
+        found = recall.look(torch.tensor([PROMPT]), torch.tensor([len(PROMPT)]))
+        assert found.weights.amax() > 0, "the test needs proposals with something recalled in them"
 
     counts = np.zeros((VOCAB, VOCAB))
     for finished in done.values():

@@ -1,6 +1,7 @@
 """The optimiser: it learns, it leaves everything else alone, it survives bad numbers and restarts."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -70,13 +71,14 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(decode: Decode
     assert learner.skipped_in_a_row == 0
 
 
-def test_state_restores_weights_moments_and_counters(decode: Decode) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_restores_weights_moments_and_counters(decode: Decode, optimizer: Any) -> None:
     """After a restart the next step must be the one that would have followed."""
     samples = samples_of(decode(adapted().model, 4, temperature=1.0))
-    first = DraftLearner(adapted(), objective="forward_kl", lr=1e-2, warmup_steps=10)
+    first = DraftLearner(adapted(), objective="forward_kl", lr=1e-2, warmup_steps=10, optimizer=optimizer)
     for _ in range(3):
         first.step(samples)
-    second = DraftLearner(adapted(), objective="forward_kl", lr=1e-2, warmup_steps=10)
+    second = DraftLearner(adapted(), objective="forward_kl", lr=1e-2, warmup_steps=10, optimizer=optimizer)
     second.load_state(first.state())
     first.step(samples)
     second.step(samples)

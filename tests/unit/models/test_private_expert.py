@@ -95,7 +95,7 @@ def test_a_folded_model_saved_to_disk_is_an_ordinary_model(make_model, ids, tmp_
 
 
 def test_folding_at_day_0_widens_the_base_by_a_zero_expert(make_model, ids):
-    folded = AdaptedDraft(make_model(), ScopeConfig(width=12, gated=False, head_rank=0)).fold()
+    folded = AdaptedDraft(make_model(), ScopeConfig(width=12, gated=False, head_rank=0, embed_rank=0)).fold()
     assert folded.config.tie_word_embeddings is True
     assert not folded.model.layers[0].mlp.down_proj.weight[:, 40:].any()
     with torch.no_grad():

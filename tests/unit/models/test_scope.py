@@ -84,8 +84,15 @@ def test_one_checkpoint_serves_both_forms(make_model, name, dtype):
 def test_the_default_scope_trains_these_tensors_and_nothing_else(make_model):
     draft = AdaptedDraft(make_model())
     assert {name: tuple(p.shape) for name, p in draft.trainable().items() if ".1." not in name} == {
-        "model.layers.0.mlp.private.up.weight": (512, 16),
-        "model.layers.0.mlp.private.down.weight": (16, 256),
+        "model.embed_tokens.low_rank.up.weight": (48, 24),
+        "model.embed_tokens.low_rank.down.weight": (24, 16),
+        **{
+            f"model.layers.0.self_attn.{layer}.lora_{matrix}.weight": shape
+            for layer in ("q_proj", "k_proj", "v_proj", "o_proj")
+            for matrix, shape in (("A", (16, 16)), ("B", (16, 16)))
+        },
+        "model.layers.0.mlp.private.up.weight": (256, 16),
+        "model.layers.0.mlp.private.down.weight": (16, 128),
         "model.layers.0.mlp.gate.weight": (1, 16),
         "lm_head.low_rank.down.weight": (24, 16),
         "lm_head.low_rank.up.weight": (48, 24),

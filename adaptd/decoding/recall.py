@@ -1,0 +1,109 @@
+"""Recall beside the draft in one decoder: mixed into each proposal, weighed by each verification, fed by each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adaptd.decoding.sampling import RowParams, inverse_cdf, warp
+from buffers.trace import Trace
+from policies.recall import Recall, Recalled
+from policies.warp import truncate
+
+
+class RecallRound:
+    """What one round of B rows asks of a `Recall`. Owned by the decoder's thread.
+
+    Args:
+      recall: shared by all rows of the decoder.
+      capacity: longest row with its proposals, in tokens.
+    """
+
+    def __init__(self, recall: Recall, capacity: int, device: torch.device) -> None:
+        self.recall = recall
+        self._capacity, self._device = capacity, device
+        self._history: Tensor
+        self._slots: Tensor
+        self._found: list[Recalled] = []
+        self._own: list[Tensor] = []
+
+    def start(self, rows: Sequence[Sequence[int]], domains: Sequence[str]) -> None:
+        """Tokens and domains of the rows that play from now on."""
+        self._history = torch.zeros(len(rows), self._capacity, dtype=torch.int64)
+        for at, tokens in enumerate(rows):
+            self._history[at, : len(tokens)] = torch.tensor(tokens)
+        self._history = self._history.to(self._device)
+        self._slots = torch.tensor([self.recall.slot(domain) for domain in domains], device=self._device)
+        self._found.clear()
+        self._own.clear()
+
+    def propose(self, n: Tensor, logits: Tensor, params: RowParams, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws the next proposal of each row from the draft's distribution with what is recalled mixed in.
+
+        Args:
+          n: int64 [B], tokens of each row before this round.
+          logits: float32 [B, V], the draft's.
+          uniforms: float32 [B] in [0, 1).
+        Returns: tokens int64 [B], and the distribution they were drawn from [B, V].
+        """
+        at = n + len(self._found)
+        own = warp(logits, params) if params.any_sampled else None
+        if own is None or params.any_greedy:
+            sure = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+            own = sure if own is None else torch.where(params.greedy[:, None], sure, own)
+        found = self.recall.look(self._history, at, self._slots)
+        mixed = self.recall.mix(own, found)
+        tokens = inverse_cdf(mixed, uniforms) if params.any_sampled else mixed.argmax(-1)
+        if params.any_sampled and params.any_greedy:
+            tokens = torch.where(params.greedy, mixed.argmax(-1), tokens)
+        self._history.scatter_(1, at[:, None], tokens[:, None])
+        self._found.append(found)
+        self._own.append(own)
+        return tokens, mixed
+
+    def settle(self, n: Tensor, p: Tensor | None, tokens: Tensor, n_accepted: Tensor, params: RowParams) -> None:
+        """Weighs the sources by what was emitted, and closes the round.
+
+        Args:
+          n: int64 [B], tokens of each row before this round.
+          p: float32 [B, k+1, V], the served target distribution; None if every row is greedy.
+          tokens: int64 [B, k+1], the accepted prefix and the token after it; what is behind is not read.
+          n_accepted: int64 [B].
+        """
+        k = len(self._found)
+        emitted = tokens[:, :k, None]
+        own = torch.stack(self._own, 1).gather(2, emitted)[..., 0]
+        served = torch.ones_like(own)
+        if p is not None:
+            served = torch.where(params.greedy[:, None], served, p[:, :k].gather(2, emitted)[..., 0])
+        reached = torch.arange(k, device=tokens.device) <= n_accepted[:, None]
+        fields = [torch.stack([getattr(f, name) for f in self._found], 1).flatten(0, 1) for name in Recalled.__slots__]
+        self.recall.learn(
+            Recalled(*fields), own.flatten(), served.flatten(), tokens[:, :k].flatten(), reached.flatten()
+        )
+        last = n_accepted[:, None]
+        self._history.scatter_(1, n[:, None] + last, tokens.gather(1, last))
+        self._found.clear()
+        self._own.clear()
+
+
+def observe_trace(recall: Recall, trace: Trace) -> None:
+    """Keeps the distributions of one answer as they were served: at its temperature, top-k and top-p."""
+    device = recall.device
+    length = torch.from_numpy(trace.prompt_len + trace.judged_at).to(device)
+    logprobs = torch.from_numpy(trace.topk_logprobs).to(device).float()
+    if trace.temperature == 0:
+        probs = nn.functional.one_hot(logprobs.argmax(-1), logprobs.shape[-1]).float()
+    else:
+        probs = (logprobs / trace.temperature).softmax(-1)
+        if trace.top_k > 0 or trace.top_p < 1.0:
+            rows, kept = probs.shape
+            top_k = torch.full((rows,), min(trace.top_k, kept) if trace.top_k > 0 else kept, device=device)
+            probs = truncate(
+                probs, top_k, torch.full((rows,), trace.top_p if trace.top_p < 1.0 else 2.0, device=device)
+            )
+    ids = torch.from_numpy(trace.topk_ids.astype("int64")).to(device)
+    history = torch.from_numpy(trace.tokens.astype("int64")).to(device)
+    recall.observe(history.expand(len(length), -1), length, ids, probs)
