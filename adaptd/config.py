@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from adaptd.errors import ConfigError
@@ -201,6 +201,14 @@ class RecallConfig(_Section):
     """Contexts kept by a decoder, over all orders."""
     width: int = Field(32, ge=1, le=256)
     """Most likely tokens kept of each distribution."""
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> RecallConfig:
+        if self.enabled and not self.orders and not self.echo:
+            raise ValueError(
+                "orders and echo are both empty: give one of them a length, or set recall.enabled to false"
+            )
+        return self
 
 
 class CheckpointsConfig(_Section):

@@ -4,7 +4,8 @@ frozen   the day-0 draft
 online   as published for online speculative decoding and for fine-tuning on accepted text: traces are kept until
          the next update, used, and forgotten; every update is served at once, without a gate
 cycle    adaptd's own: `adaptd.learning.cycle` with replay table, mixture, gate and store
-oracle   sees the whole stream in advance: `epochs` over all of its traces, then frozen
+oracle   sees the whole stream in advance: `epochs` over all of its traces, then frozen; with `held_out` over other
+         answers to prompts of the same domains, which tells learning from learning by heart
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedModel
 
 from adaptd.actors.parts import draft_learner, learner_cycle, load_draft
@@ -50,6 +51,16 @@ class LearnerSpec(BaseModel):
     """Online: passes over the traces of one update."""
     epochs: int = Field(3, ge=1)
     """Oracle: passes over the whole stream."""
+    held_out: bool = False
+    """Oracle: learn from as many other answers in the stream's place: what is learned is then not what is asked."""
+    k_top: int | None = Field(None, ge=1)
+    """Online and oracle: most likely target tokens to learn from; None: all that were captured."""
+
+    @model_validator(mode="after")
+    def _only_an_oracle(self) -> LearnerSpec:
+        if self.held_out and self.kind != "oracle":
+            raise ValueError(f"held_out is for an oracle; kind is {self.kind!r}")
+        return self
 
     def with_rate(self, rate: float) -> LearnerSpec:
         """The same learner at one learning rate, with none left to choose from."""
@@ -124,7 +135,11 @@ class Online(Learner):
         return self._kept(trace).nbytes
 
     def _kept(self, trace: Trace) -> Trace:
-        return rejections_only(trace) if self.config.capture.positions == "rejected" else trace
+        kept = rejections_only(trace) if self.config.capture.positions == "rejected" else trace
+        if self._spec.k_top is None:
+            return kept
+        top = slice(self._spec.k_top)
+        return dataclasses.replace(kept, topk_ids=kept.topk_ids[:, top], topk_logprobs=kept.topk_logprobs[:, top])
 
     def _update(self) -> None:
         started = time.perf_counter()
@@ -150,8 +165,9 @@ class Oracle(Online):
     def prepare(self, answers: Sequence[Trace]) -> None:
         """`epochs` passes over every answer."""
         started = time.perf_counter()
+        kept = [self._kept(answer) for answer in answers]
         for _ in range(self._spec.epochs):
-            self._pass(answers)
+            self._pass(kept)
         self.draft.load(self._learner.average())
         self.seconds += time.perf_counter() - started
 

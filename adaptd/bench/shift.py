@@ -58,8 +58,10 @@ class Run:
         return metrics.Curve(np.array(self.emitted), np.array(self.rounds))
 
 
-def fill(config: Config, pair: Pair, prompts: Mapping[str, Sequence[str]], stream: Stream) -> Answers:
-    """The files of a stream's answers by domain, generated where they are not there yet."""
+def fill(
+    config: Config, pair: Pair, prompts: Mapping[str, Sequence[str]], stream: Stream, spare: bool = False
+) -> Answers:
+    """The files of a stream's answers by domain, generated where they are not there yet; `spare`: as many again."""
     answers = AnswerPool(
         pair,
         {d: prompts[d] for d in stream.domains if d in prompts},
@@ -70,7 +72,19 @@ def fill(config: Config, pair: Pair, prompts: Mapping[str, Sequence[str]], strea
         k_top=config.capture.k_top,
         max_length=config.engine.max_length,
     )
-    return {domain: answers.fill(domain, n) for domain, n in stream.pool().items()}
+    return {domain: answers.fill(domain, 2 * n if spare else n) for domain, n in stream.pool().items()}
+
+
+def spare_answers(answers: Answers, stream: Stream, seed: int) -> list[Trace]:
+    """As many answers of each domain as the stream asks for, none of them one of its own, in random order."""
+    slots = plan(stream, seed)
+    rng = np.random.default_rng([seed, 0x0DD])
+    found: list[Trace] = []
+    for domain, path in answers.items():
+        used = {s.draw for s in slots if s.domain == domain}
+        pool = [a for i, a in enumerate(read_answers(path, 2 * stream.pool()[domain])) if i not in used]
+        found += [pool[i] for i in rng.permutation(len(pool))[: len(used)]]
+    return [found[i] for i in rng.permutation(len(found))]
 
 
 def requests(answers: Answers, stream: Stream, seed: int) -> list[Trace]:
@@ -88,7 +102,7 @@ def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, see
     log.configure("error", "json")
     answers = requests(files, stream, seed)
     learner = build(spec, config, seed)
-    learner.prepare(answers)
+    learner.prepare(spare_answers(files, stream, seed) if spec.held_out else answers)
     rng = np.random.default_rng([seed, 0xACCE])
     emitted: list[float] = []
     rounds: list[float] = []
@@ -136,7 +150,8 @@ def sweep(
     The oracle runs at each of its rates; the caller keeps the best (`best_of`).
     """
     pair = load_pair(config, 0.0)
-    files = {stream.name: fill(config, pair, prompts, stream) for stream in streams}
+    spare = any(spec.held_out for spec in specs)
+    files = {stream.name: fill(config, pair, prompts, stream, spare) for stream in streams}
     tasks = [
         (config, files[stream.name], stream, variant, seed)
         for stream, seed, spec in itertools.product(streams, seeds, specs)

@@ -65,7 +65,8 @@ def build_engine(
         )
         if capture
         else None,
-        recall=build_recall(config, next(target.parameters()).device),
+        # Without capture nothing would ever be remembered, and what is measured is the draft alone.
+        recall=build_recall(config, next(target.parameters()).device) if capture else None,
     )
 
 

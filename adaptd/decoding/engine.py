@@ -116,6 +116,11 @@ class SpeculativeDecoder:
         """Requests that have been added and have not ended."""
         return len(self._rows) + len(self._joining) + len(self._waiting)
 
+    @property
+    def recalled(self) -> int:
+        """Contexts that are remembered; 0 without recall."""
+        return 0 if self._recall is None else len(self._recall.recall)
+
     def can_add(self) -> bool:
         """Whether there is a slot for one more request."""
         return self.active < self.max_batch

@@ -67,12 +67,15 @@ class LoopStats:
     swap_refusals: int
     last_pause_s: float
     max_pause_s: float
+    recalled: int = 0
+    """Contexts in the decoder's recall."""
 
 
 class Engine(Protocol):
     """What the loop needs of a decoder (`SpeculativeDecoder`)."""
 
     draft_version: int
+    recalled: int
 
     @property
     def active(self) -> int:
@@ -191,6 +194,7 @@ class DecodeLoop:
                 queued=len(self._queue),
                 active=self._engine.active,
                 draft_version=self._engine.draft_version,
+                recalled=self._engine.recalled,
             )
 
     def close(self, drain_s: float) -> None:

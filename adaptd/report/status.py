@@ -83,6 +83,10 @@ def _writer_row(decoders: list[dict[str, Any]]) -> str:
     return f"written {total['written']:,}, dropped {total['dropped']:,}, pending {total['pending']:,}"
 
 
+def _recall_row(decoders: list[dict[str, Any]]) -> str:
+    return f"{sum(d['engine']['recalled'] for d in decoders):,} contexts"
+
+
 def _learner_row(learner: dict[str, Any] | None) -> str:
     if learner is None:
         return "off (learn.enabled is false)"
@@ -134,6 +138,7 @@ def render(status: dict[str, Any]) -> RenderableType:
         "drift": _drift_row(status["acceptance"]["drift"]),
         "buffer": _buffer_row(status["buffer"]),
         "traces": _writer_row(status["decoders"]),
+        "recall": _recall_row(status["decoders"]),
         "learner": _learner_row(status["learner"]),
         "swaps": _swap_row(status["decoders"]),
     }

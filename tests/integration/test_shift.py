@@ -13,12 +13,14 @@ from adaptd.actors.parts import Pair
 from adaptd.bench.answers import AnswerPool
 from adaptd.bench.verify import verify
 from adaptd.config import load
-from adaptd.decoding.build import build_engine
+from adaptd.decoding.build import build_engine, build_recall
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.request import DecodeRequest, SamplingParams
+from adaptd.models.chat import render_chat
 from adaptd.models.scope import AdaptedDraft
 from adaptd.pocket.shipped import pocket_prompts
 from policies.acceptance import mal
+from policies.recall import Recall
 
 TOKENS = 16
 
@@ -39,7 +41,8 @@ def pool(pair: Pair, home: Path, temperature: float, **overrides: Any) -> Answer
 
 def redecoded(pair: Pair, draft: AdaptedDraft, answers: list[Any], temperature: float, seeds: list[int]) -> list[Any]:
     """Real decoding of the same prompts with another draft."""
-    engine: SpeculativeDecoder = build_engine(load(None), pair.target, draft.model, pair.tokenizer, capture=False)
+    config = load(None, ["recall.enabled=false"])
+    engine: SpeculativeDecoder = build_engine(config, pair.target, draft.model, pair.tokenizer, capture=False)
     waiting = [
         DecodeRequest(
             request_id=f"{i}",
@@ -63,7 +66,7 @@ def other_draft() -> AdaptedDraft:
 
     from adaptd.actors.parts import load_draft
 
-    config = load(None, ["adapt.width=16", "adapt.lora_rank=0", "adapt.head_rank=0"])
+    config = load(None, ["adapt.width=16", "adapt.lora_rank=0", "adapt.head_rank=0", "adapt.embed_rank=0"])
     draft, _ = load_draft(config, "cpu", "float32", serving=False)
     generator = torch.Generator().manual_seed(0)
     draft.load({n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in draft.state().items()})
@@ -93,6 +96,43 @@ def test_at_temperature_1_the_shortcut_has_the_distribution_of_real_decoding(
     error = np.sqrt(shortcut.var(ddof=1) / len(shortcut) + decoded.var(ddof=1) / len(decoded))
     assert abs(shortcut.mean() - decoded.mean()) < 3 * error
     assert error < 0.06 * decoded.mean(), "or the test could not fail"
+
+
+def test_with_recall_the_shortcut_stays_close_to_real_decoding(pair: Pair) -> None:
+    """On the very texts of real decoding with recall. In the shortcut a chunk of requests is remembered when all of it
+    has ended, in decoding each as it ends: a few per cent are what that may cost."""
+    config = load(None, ["engine.max_batch=16", "capture.reserved_share=0"])
+    engine = build_engine(config, pair.target, pair.draft.model, pair.tokenizer, capture=True)
+    waiting = [
+        DecodeRequest(
+            request_id=f"{i}",
+            prompt_ids=tuple(render_chat(pair.tokenizer, [{"role": "user", "content": text}])),
+            params=SamplingParams(temperature=0.8, max_tokens=2 * TOKENS, seed=i),
+            domain="tools",
+        )
+        for i, text in enumerate(p for p in pocket_prompts("tools")[:120] if len(p) < 600)
+    ][::-1]
+    done: list[Any] = []
+    while waiting or engine.active:
+        while waiting and engine.can_add():
+            engine.add(waiting.pop())
+        done += [d.finished for d in engine.step() if d.finished is not None]
+    assert len(done) >= 64
+    traces = [f.trace for f in done]
+    emitted = sum(f.stats.emitted for f in done)
+
+    def shortcut(recall: Recall | None) -> float:
+        found = []
+        for start in range(0, len(traces), 16):
+            chunk = traces[start : start + 16]
+            found += verify(pair.draft.model, chunk, 4, np.random.default_rng(0), version=0, recall=recall)[0]
+        return mal(found)
+
+    real = emitted / sum(f.stats.rounds for f in done)
+    without, with_recall = shortcut(None), shortcut(build_recall(config, "cpu"))
+    print(f"MAL decoded {real:.3f}, by the shortcut {with_recall:.3f}, without recall {without:.3f}")
+    assert real > 1.1 * without, "recall must matter, or the test proves nothing"
+    assert with_recall == pytest.approx(real, rel=0.05)
 
 
 def test_answers_are_kept_and_an_interrupted_run_goes_on(tmp_path: Path, pair: Pair) -> None:

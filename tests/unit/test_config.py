@@ -43,6 +43,12 @@ def test_a_bad_setting_is_refused_by_name(item: str, message: str) -> None:
         config.load(None, [item])
 
 
+def test_recall_without_any_source_is_refused_and_switched_off_is_not() -> None:
+    with pytest.raises(ConfigError, match=r"orders and echo are both empty.*recall.enabled"):
+        config.load(None, ["recall.orders=[]", "recall.echo=[]"])
+    assert not config.load(None, ["recall.orders=[]", "recall.echo=[]", "recall.enabled=false"]).recall.enabled
+
+
 def test_a_file_that_is_missing_or_no_mapping_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         config.load(tmp_path / "none.yaml")

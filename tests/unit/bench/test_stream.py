@@ -78,16 +78,25 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path: Path, text: str, 
     assert "mine.yaml" in str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs/learners").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(Path("configs/learners").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_learners_fit_the_configuration(path: Path) -> None:
-    spec = read_spec(LearnerSpec, "learners", path.stem)
+    name = str(path.relative_to("configs/learners").with_suffix(""))
+    spec = read_spec(LearnerSpec, "learners", name)
+    assert spec.held_out == name.startswith("offline/")
     config = spec.configured(load(None))
     for section, values in spec.settings.items():
         for key, value in values.items():
             assert getattr(getattr(config, section), key) == value
-    assert spec.kind == "frozen" or spec.rates
+    assert spec.kind == "frozen" or spec.rates or spec.held_out
     assert spec.with_rate(0.5).configured(load(None)).learn.lr == 0.5
     assert not spec.with_rate(0.5).rates, "or the oracle would be swept again"
+
+
+def test_only_an_oracle_learns_from_other_answers(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("{kind: cycle, held_out: true}")
+    with pytest.raises(ConfigError, match="held_out is for an oracle; kind is 'cycle'"):
+        read_spec(LearnerSpec, "learners", str(path))
 
 
 def test_an_unknown_learner_is_named_with_the_known_ones() -> None:

@@ -26,6 +26,7 @@ class FakeEngine:
 
     def __init__(self, slots: int = 2) -> None:
         self.draft_version = 0
+        self.recalled = 0
         self.slots = slots
         self.rows: dict[str, list[int]] = {}
         self.limits: dict[str, int] = {}

@@ -88,8 +88,8 @@ def test_the_default_scope_trains_these_tensors_and_nothing_else(make_model):
         "model.embed_tokens.low_rank.down.weight": (24, 16),
         **{
             f"model.layers.0.self_attn.{layer}.lora_{matrix}.weight": shape
-            for layer in ("q_proj", "k_proj", "v_proj", "o_proj")
-            for matrix, shape in (("A", (16, 16)), ("B", (16, 16)))
+            for layer, rows in (("q_proj", 16), ("k_proj", 8), ("v_proj", 8), ("o_proj", 16))
+            for matrix, shape in (("A", (16, 16)), ("B", (rows, 16)))
         },
         "model.layers.0.mlp.private.up.weight": (256, 16),
         "model.layers.0.mlp.private.down.weight": (16, 128),
