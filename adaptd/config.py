@@ -202,6 +202,9 @@ class RecallConfig(_Section):
     width: int = Field(32, ge=1, le=256)
     """Most likely tokens kept of each distribution."""
 
+    seeded: bool = False
+    """Also for sampled requests with a seed: they then repeat only while what is remembered is the same."""
+
     @model_validator(mode="after")
     def _has_a_source(self) -> RecallConfig:
         if self.enabled and not self.orders and not self.echo:

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=240)
     parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args()
-    config = load(None)
+    config = load(None, ["recall.seeded=true"])
     pair = load_pair(config, 0.0)
     recall = build_recall(config, "cpu")
     if recall is None:

@@ -58,10 +58,6 @@ class Recalled:
         """Each source's probability of one token a position: float32 [N, S]."""
         return ((self.ids == token_ids[:, None, None]) * self.probs).sum(-1)
 
-    def rows(self, chosen: slice) -> Recalled:
-        """What they say at some of the positions."""
-        return Recalled(self.ids[chosen], self.probs[chosen], self.weights[chosen], self.kinds[chosen])
-
     def shares(self) -> tuple[Tensor, Tensor]:
         """Final shares of the draft [N] and of each source [N, S] in the mixture; they sum to 1."""
         # What is left of each after the sources behind it have taken theirs.
@@ -83,6 +79,7 @@ class Recall:
       echo: lengths of the contexts that are looked up in the text itself.
       entries: contexts kept, over all orders; rounded up to a power of two.
       width: most likely tokens kept of each distribution.
+      seeded: mix into sampled requests with a seed as well; they then repeat only while the table is the same.
     Raises: ValueError: a length, `entries` or `width` below 1, or no source at all.
     """
 
@@ -93,6 +90,7 @@ class Recall:
         echo: Sequence[int] = (2, 3),
         entries: int = 2**18,
         width: int = 32,
+        seeded: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         for name, values in (("orders", orders), ("echo", echo), ("entries", [entries]), ("width", [width])):
@@ -103,7 +101,7 @@ class Recall:
                 "orders and echo are both empty: there is nothing to recall from; give one of them a length"
             )
         self.orders, self.echo = tuple(sorted(orders)), tuple(sorted(echo))
-        self._width = width
+        self._width, self.seeded = width, seeded
         sets = 1 << max(0, (entries - 1).bit_length() - _WAYS.bit_length() + 1)
         self._mask, self.capacity = sets - 1, sets * _WAYS
         self._key = torch.zeros(sets, _WAYS, dtype=torch.int64, device=device)

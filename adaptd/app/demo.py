@@ -47,7 +47,7 @@ _REFRESH_S = 0.5
 _SETTINGS: dict[str, Any] = {
     "deployment": "demo",
     "engine": {"max_length": 320},
-    "adapt": {"width": 256, "lora_rank": 0, "head_rank": 0},
+    "adapt": {"width": 256, "lora_rank": 0, "head_rank": 0, "embed_rank": 0},
     "capture": {"reserved_share": 0.2},
     "learn": {
         "interval_s": 10.0,
@@ -55,6 +55,7 @@ _SETTINGS: dict[str, Any] = {
         "epsilon": 1.33,
         "steps_per_tick": 12,
     },
+    "recall": {"seeded": True},
     "gate": {"max_traces": 48, "max_regression": 0.015},
     "server": {"port": 0},
 }

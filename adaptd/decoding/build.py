@@ -27,7 +27,7 @@ def build_recall(config: Config, device: torch.device | str) -> Recall | None:
     c = config.recall
     if not c.enabled:
         return None
-    return Recall(orders=c.orders, echo=c.echo, entries=c.entries, width=c.width, device=device)
+    return Recall(orders=c.orders, echo=c.echo, entries=c.entries, width=c.width, seeded=c.seeded, device=device)
 
 
 def build_engine(

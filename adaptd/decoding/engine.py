@@ -359,7 +359,7 @@ class SpeculativeDecoder:
         )
         self._params = RowParams.build([row.request.params for row in rows], self.vocab_size, device)
         if self._recall is not None:
-            self._recall.start([row.tokens for row in rows], [row.request.domain for row in rows])
+            self._recall.start(rows)
         self._observe = self._packer.config is not None and any(row.request.store for row in rows)
         self._stale = False
 

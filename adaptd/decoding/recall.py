@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from adaptd.decoding.row import Row
 from adaptd.decoding.sampling import RowParams, inverse_cdf, warp
 from buffers.trace import Trace
 from policies.recall import Recall, Recalled
@@ -26,16 +28,21 @@ class RecallRound:
         self._capacity, self._device = capacity, device
         self._history: Tensor
         self._slots: Tensor
+        self._mixed: Tensor
         self._found: list[Recalled] = []
         self._own: list[Tensor] = []
 
-    def start(self, rows: Sequence[Sequence[int]], domains: Sequence[str]) -> None:
-        """Tokens and domains of the rows that play from now on."""
+    def start(self, rows: Sequence[Row]) -> None:
+        """The rows that play from now on."""
         self._history = torch.zeros(len(rows), self._capacity, dtype=torch.int64)
-        for at, tokens in enumerate(rows):
-            self._history[at, : len(tokens)] = torch.tensor(tokens)
+        for at, row in enumerate(rows):
+            self._history[at, : len(row.tokens)] = torch.tensor(row.tokens)
         self._history = self._history.to(self._device)
-        self._slots = torch.tensor([self.recall.slot(domain) for domain in domains], device=self._device)
+        slots = [self.recall.slot(row.request.domain) for row in rows]
+        # What is drawn for a seed must not depend on what others asked; the most likely token never does.
+        mixed = [self.recall.seeded or p.seed is None or p.greedy for p in (row.request.params for row in rows)]
+        self._slots = torch.tensor(slots, device=self._device)
+        self._mixed = torch.tensor(mixed, device=self._device)
         self._found.clear()
         self._own.clear()
 
@@ -54,6 +61,7 @@ class RecallRound:
             sure = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
             own = sure if own is None else torch.where(params.greedy[:, None], sure, own)
         found = self.recall.look(self._history, at, self._slots)
+        found = replace(found, weights=found.weights * self._mixed[:, None])
         mixed = self.recall.mix(own, found)
         tokens = inverse_cdf(mixed, uniforms) if params.any_sampled else mixed.argmax(-1)
         if params.any_sampled and params.any_greedy:

@@ -101,7 +101,7 @@ def test_at_temperature_1_the_shortcut_has_the_distribution_of_real_decoding(
 def test_with_recall_the_shortcut_stays_close_to_real_decoding(pair: Pair) -> None:
     """On the very texts of real decoding with recall. In the shortcut a chunk of requests is remembered when all of it
     has ended, in decoding each as it ends: a few per cent are what that may cost."""
-    config = load(None, ["engine.max_batch=16", "capture.reserved_share=0"])
+    config = load(None, ["engine.max_batch=16", "capture.reserved_share=0", "recall.seeded=true"])
     engine = build_engine(config, pair.target, pair.draft.model, pair.tokenizer, capture=True)
     waiting = [
         DecodeRequest(
@@ -160,6 +160,8 @@ def test_the_command_runs_learners_side_by_side(tmp_path: Path) -> None:
     command += [arg for name in ("frozen", "osd", "ours", "offline_oracle") for arg in ("--learner", name)]
     command += ["--report", str(tmp_path / "report"), "--json", str(tmp_path / "out.json"), "--jobs", "2"]
     command += ["--set", f"state_dir={tmp_path}", "--set", "capture.reserved_share=0.2"]
+    # Without echoes nothing is recalled before the first requests have ended.
+    command += ["--set", "recall.echo=[]"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())

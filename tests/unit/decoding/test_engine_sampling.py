@@ -43,7 +43,7 @@ def test_the_first_two_tokens_have_the_exact_joint_distribution_with_swaps_in_be
     target = make_model(vocab=VOCAB)
     draft = make_draft(target, noise=0.06)
     # Few candidates are kept, so that what is recalled is wrong, too.
-    recall = Recall(orders=(1, 2), echo=(1,), entries=64, width=3) if recalls else None
+    recall = Recall(orders=(1, 2), echo=(1,), entries=64, width=3, seeded=True) if recalls else None
     capture = CaptureConfig(k_top=3) if recalls else None
     engine = SpeculativeDecoder(target, draft, k=k, max_batch=1024, max_length=16, capture=capture, recall=recall)
     requests = [
@@ -103,6 +103,30 @@ def test_what_shares_the_batch_does_not_change_a_requests_output() -> None:
     alone = outputs(1, None)
     assert outputs(7, CaptureConfig(k_top=4)) == alone
     assert outputs(18, None) == alone
+
+
+def test_a_seed_repeats_a_request_whatever_is_remembered_unless_asked_otherwise() -> None:
+    target = make_model(vocab=97)
+    request = DecodeRequest("a", [1, 2, 3], SamplingParams(temperature=1.0, max_tokens=40, seed=1))
+    others = [
+        DecodeRequest(str(i), [1, 2, 3], SamplingParams(temperature=1.0, max_tokens=40, seed=i)) for i in range(24)
+    ]
+
+    def twice(seeded: bool) -> list[tuple[int, ...]]:
+        recall = Recall(orders=(1, 2), entries=4096, width=8, seeded=seeded)
+        capture = CaptureConfig(k_top=8)
+        engine = SpeculativeDecoder(
+            target, make_draft(target), k=3, max_batch=4, max_length=100, capture=capture, recall=recall
+        )
+        first = serve(engine, [request])["a"].token_ids
+        serve(engine, others)
+        assert engine.recalled > 50
+        return [first, serve(engine, [request])["a"].token_ids]
+
+    first, again = twice(seeded=False)
+    assert first == again
+    first, again = twice(seeded=True)
+    assert first != again, "what is remembered must matter, or the test proves nothing"
 
 
 def test_a_seed_repeats_a_request_and_another_seed_does_not() -> None:
