@@ -75,7 +75,10 @@ class Engine(Protocol):
     """What the loop needs of a decoder (`SpeculativeDecoder`)."""
 
     draft_version: int
-    recalled: int
+
+    @property
+    def recalled(self) -> int:
+        """Contexts that are remembered."""
 
     @property
     def active(self) -> int:
