@@ -32,7 +32,8 @@ from policies.selection import Mixture, Prioritized, Uniform, importance_weights
 
 _log = logger(__name__)
 
-#: Share of the anchors that only the gate reads: on those that are learned from, forgetting does not show.
+#: Share of the anchors that are never replayed as anchors: on those that hold the draft, forgetting does not show. They
+#: were learned from once, when they were fresh; only reserved traces never were.
 GUARD_SHARE = 0.25
 
 #: What a loss on old traffic does to the anchors' share of a batch, what a promotion takes back, and its bounds: the
@@ -279,8 +280,8 @@ class LearnerCycle:
                 self._restart(f"{self._refusals} refusals in a row")
 
     def _judged_samples(self) -> list[tuple[str, ReplaySample]]:
-        """Newest reserved traces decide the gain; anchors that were never learned from, and older reserved traces, guard
-        every domain."""
+        """Newest reserved traces decide the gain; anchors that are not replayed, and older reserved traces, guard every
+        domain."""
         reserved = sorted(self._table.all("reserved", self._gate.max_traces), key=lambda s: s.info.key, reverse=True)
         window = max(self._gate.min_traces, self._gate.max_traces // 3)
         wanted = round(self._gate.max_traces / GUARD_SHARE)
