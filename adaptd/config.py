@@ -61,6 +61,8 @@ class AdaptConfig(_Section):
     """Width of the private expert's bottleneck."""
     gated: bool = True
     """Learned gates of the private expert and the head's correction; without them both fold into a plain model."""
+    request_gate: bool | None = None
+    """A learned gate by prompt over everything learned; none given: where gated and scope is private_expert."""
     lora_rank: int | None = Field(None, ge=0)
     """Rank of LoRA, which has no gate; 0 for none (private_expert only); none given: 16."""
     lora_alpha: float = Field(32.0, gt=0)

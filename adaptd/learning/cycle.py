@@ -24,7 +24,6 @@ from adaptd.learning.evaluate import profiles
 from adaptd.learning.learner import DraftLearner
 from adaptd.log import logger
 from buffers.table import NO_KEY, ReplaySample, ReplayTable
-from buffers.trace import is_reserved
 from checkpoints.manifest import Manifest
 from checkpoints.store import CheckpointStore
 from policies.gate import GAIN_STRATUM, Score, Verdict, judge
@@ -32,9 +31,8 @@ from policies.selection import Mixture, Prioritized, Uniform, importance_weights
 
 _log = logger(__name__)
 
-#: Share of the anchors that are never replayed as anchors: on those that hold the draft, forgetting does not show. They
-#: were learned from once, when they were fresh; only reserved traces never were.
-GUARD_SHARE = 0.25
+#: Reserved traces that a decision looks through, and guards that it reads, in multiples of `gate.max_traces`.
+_READ, _GUARDS = 8, 2
 
 #: What a loss on old traffic does to the anchors' share of a batch, what a promotion takes back, and its bounds: the
 #: share follows the gate as a multiplier follows its constraint (dual ascent, Boyd and Vandenberghe 2004, chapter 5).
@@ -157,6 +155,7 @@ class LearnerCycle:
             report.seconds = time.perf_counter() - started
             _log.info(events.LEARNER_SKIPPED, reason="no traces to learn from")
             return report
+        self._learner.centre([s.trace for s in pools["fresh"]])
         losses = [
             loss
             for loss in (self._one_step(pools, report) for _ in range(self._learn.steps_per_tick))
@@ -198,8 +197,7 @@ class LearnerCycle:
             selector = Prioritized(self._learn.priority_exponent)
             pools["selected"] = self._table.sample(draws, selector, self._rng, "recent")
         if self._table.can_sample(1, "anchors"):
-            drawn = self._table.sample(draws, Uniform(), self._rng, "anchors")
-            pools["anchors"] = [s for s in drawn if not _guards(s)]
+            pools["anchors"] = self._table.sample(draws, Uniform(), self._rng, "anchors")
         if not fresh:
             pools["fresh"] = pools["selected"]
         return pools if pools["fresh"] else None
@@ -280,14 +278,17 @@ class LearnerCycle:
                 self._restart(f"{self._refusals} refusals in a row")
 
     def _judged_samples(self) -> list[tuple[str, ReplaySample]]:
-        """Newest reserved traces decide the gain; anchors that are not replayed, and older reserved traces, guard every
-        domain."""
-        reserved = sorted(self._table.all("reserved", self._gate.max_traces), key=lambda s: s.info.key, reverse=True)
-        window = max(self._gate.min_traces, self._gate.max_traces // 3)
-        wanted = round(self._gate.max_traces / GUARD_SHARE)
-        anchors = [s for s in self._table.all("anchors", wanted) if _guards(s)]
-        guards = [*anchors, *reserved[window:]][: self._gate.max_traces]
-        return [(GAIN_STRATUM, s) for s in reserved[:window]] + [("guard", s) for s in guards]
+        """Reserved traces alone, which nothing ever learned from. Those of the domains that are asked now decide the gain;
+        those of every other domain guard it."""
+        limit = self._gate.max_traces
+        reserved = sorted(self._table.all("reserved", _READ * limit), key=lambda s: s.info.key, reverse=True)
+        now = {s.trace.domain for s in reserved[: self._gate.min_traces]}
+        others = {s.trace.domain for s in reserved} - now
+        each = max(self._gate.min_traces, _GUARDS * limit // max(1, len(others)))
+        chosen = [(GAIN_STRATUM, s) for s in [s for s in reserved if s.trace.domain in now][:limit]]
+        for domain in sorted(others):
+            chosen += [("guard", s) for s in [s for s in reserved if s.trace.domain == domain][: min(each, limit // 2)]]
+        return chosen
 
     def _scores(self, samples: Sequence[tuple[str, ReplaySample]]) -> list[Score]:
         found = profiles(
@@ -370,8 +371,3 @@ class LearnerCycle:
             "last_loss": self.history[-1].loss if self.history else None,
             "history": [dataclasses.asdict(r) for r in self.history[-8:]],
         }
-
-
-def _guards(sample: ReplaySample) -> bool:
-    """Whether this anchor is the gate's, by a hash of its own: reserved traces are no anchors."""
-    return is_reserved(f"guard {sample.trace.request_id}", GUARD_SHARE)
