@@ -169,6 +169,8 @@ class GateConfig(_Section):
     """Promote only if the lower bound of the relative MAL gain is above this."""
     max_regression: float = Field(0.02, ge=0)
     """No domain may lose more than this, relative."""
+    exchange: float = Field(0.1, ge=0)
+    """A domain may lose more, up to this share of what is surely gained, but not below the day-0 draft."""
     min_traces: int = Field(8, ge=2)
     """Reserved traces below which nothing is decided."""
     max_traces: int = Field(64, ge=2)

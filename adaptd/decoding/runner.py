@@ -52,7 +52,8 @@ class ModelRunner:
     def open_to(self, rows: Sequence[Row]) -> None:
         """Sets the model's request gate, if it has one, for the forward passes of these rows that follow."""
         if self._gate is not None:
-            self._openness = self._gate(torch.stack([row.prompt_features(self._gate.features) for row in rows]))
+            features = torch.stack([row.prompt_features(self._gate.features) for row in rows])
+            self._openness = self._gate(features, [row.request.domain for row in rows])
 
     def forward(
         self,

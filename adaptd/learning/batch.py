@@ -40,6 +40,8 @@ class Batch:
     """Tokens of each trace without padding."""
     prompt_lens: tuple[int, ...]
     """Tokens of each trace's prompt that are there."""
+    domains: tuple[str, ...]
+    """Domain of each trace."""
 
     @property
     def tokens(self) -> int:
@@ -91,6 +93,7 @@ def collate(traces: Sequence[Trace], max_tokens: int, device: torch.device | str
         target_logprob=tensor(served, np.float32),
         lengths=tuple(lengths),
         widths=tuple(len(t.tokens) - cut for t, cut in zip(traces, cuts, strict=True)),
+        domains=tuple(t.domain for t in traces),
         prompt_lens=tuple(max(1, t.prompt_len - cut) for t, cut in zip(traces, cuts, strict=True)),
     )
 
@@ -130,7 +133,7 @@ def _openness(model: PreTrainedModel, batch: Batch) -> Tensor | None:
     if gate is None:
         return None
     prompts = [ids[:n] for ids, n in zip(batch.input_ids, batch.prompt_lens, strict=True)]
-    opened: Tensor = gate(gate.features(prompts))
+    opened: Tensor = gate(gate.features(prompts), batch.domains)
     return opened
 
 

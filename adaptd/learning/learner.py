@@ -34,6 +34,10 @@ class Adapted(Protocol):
     def model(self) -> PreTrainedModel:
         """The draft, Hugging Face forward."""
 
+    @property
+    def gates_requests(self) -> bool:
+        """Whether one request can have the base while another has what was learned."""
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The only tensors that may change, by name."""
 

@@ -16,7 +16,7 @@ Tensors: `request_gate.weight` [1, H], `request_gate.bias` [1], `request_gate.ce
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,8 @@ class PromptGate(nn.Module):
         super().__init__()
         self._table = table
         self.openness = openness
+        self.on_base: frozenset[str] = frozenset()
+        """Domains whose requests are kept on the base draft: for them the gate is shut, whatever their prompts."""
         self.weight = learned(1, table.shape[1], device=table.device)
         self.bias = learned(1, device=table.device)
         self.centre = learned(table.shape[1], device=table.device)
@@ -74,14 +76,15 @@ class PromptGate(nn.Module):
             found.append(self._table[ids.clamp(max=len(self._table) - 1)].float().mean(0))
         return functional.rms_norm(torch.stack(found), (self._table.shape[1],))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """s of each row, [B, 1, 1]."""
-        import os
-
-        g = float(os.environ.get("REQ_GAIN", "1"))
+    def forward(self, features: Tensor, domains: Sequence[str] = ()) -> Tensor:
+        """s of each row, [B, 1, 1]; `domains`: of the B rows, or none."""
         features = functional.rms_norm(features - self.centre.detach(), self.centre.shape)
-        logit: Tensor = functional.linear(features, g * self.weight, g * self.bias)
-        return (2.0 * torch.sigmoid(logit))[..., None]
+        logit: Tensor = functional.linear(features, self.weight, self.bias)
+        opened = 2.0 * torch.sigmoid(logit)
+        if self.on_base and domains:
+            kept = [[domain in self.on_base] for domain in domains]
+            opened = opened.masked_fill(torch.tensor(kept, device=opened.device), 0.0)
+        return opened[..., None]
 
 
 class RequestGate(Part):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from adaptd.models.load import cast_parameters, freeze, move, weights_id
 from adaptd.models.lora import GatedLora, MergedLora, PeftLora
 from adaptd.models.part import Part
 from adaptd.models.private_expert import TrainedExperts
-from adaptd.models.request_gate import Openness, RequestGate
+from adaptd.models.request_gate import Openness, RequestGate, request_gate
 
 SCOPES = ("private_expert", "lora", "full")
 
@@ -257,6 +257,17 @@ class AdaptedDraft:
         for name, tensor in tensors.items():
             expected[name].copy_(tensor)
         self.refresh()
+
+    @property
+    def gates_requests(self) -> bool:
+        """Whether one request can have the base while another has what was learned."""
+        return request_gate(self.model) is not None
+
+    def keep_on_base(self, domains: Iterable[str]) -> None:
+        """Serve requests of these domains, and no others, with the base draft; without a request gate nothing happens."""
+        gate = request_gate(self.model)
+        if gate is not None:
+            gate.on_base = frozenset(domains)
 
     def reset(self) -> None:
         """Day-0 values: exactly the base's function, the same values in every process."""

@@ -349,3 +349,15 @@ def test_the_floor_must_score_the_same_traces() -> None:
     pair = scores(60, 0.3, 20)
     with pytest.raises(ValueError, match="must score the same traces"):
         judge(*pair, **LIMITS, rng=rng(), floor=pair[0][1:])
+
+
+def test_a_sure_gain_makes_up_for_a_loss_on_other_traffic_but_not_below_the_floor() -> None:
+    pair = joined(scores(60, 1.0, 6), scores(60, -0.04, 7, "tools", "guard", noise=0.0))
+    assert not judge(*pair, **LIMITS, rng=rng()).promote
+    traded = judge(*pair, **LIMITS, rng=rng(), exchange=0.1)
+    assert traded.promote
+    assert traded.losers == ("tools",), "a loser even so: the anchors' share of a batch rises"
+    assert not judge(*pair, **LIMITS, rng=rng(), exchange=0.03).promote, "3 % of a doubling is not enough"
+    assert not judge(*pair, **LIMITS, rng=rng(), exchange=0.1, floor=pair[1]).promote
+    with pytest.raises(ValueError, match="exchange"):
+        judge(*pair, **LIMITS, rng=rng(), exchange=-0.1)
