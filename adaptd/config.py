@@ -85,7 +85,7 @@ class LearnConfig(_Section):
     objective: Literal["forward_kl", "reverse_kl", "jsd", "tv", "kl_tv", "cross_entropy", "entropy_adaptive"] = "kl_tv"
     """Divergence between target and draft, minimised at every captured position."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """`muon`: Muon on the private expert's matrices, AdamW on everything else; `adamw`: AdamW on all."""
+    """`muon`: Muon on the matrices of private expert and LoRA, AdamW on everything else; `adamw`: AdamW on all."""
     lr: float = Field(3e-3, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
@@ -100,17 +100,17 @@ class LearnConfig(_Section):
     """On anchors follow the better of published and day-0 draft, not the target: learning without forgetting."""
     batch_traces: int = Field(8, ge=1)
     """Traces a step."""
-    steps_per_tick: int = Field(24, ge=1)
-    """Optimiser steps between two gate decisions."""
+    steps_per_tick: int = Field(56, ge=1)
+    """Optimiser steps between two gate decisions, at most: a tick that gained nothing halves the next one's, to a quarter."""
     min_new_traces: int = Field(32, ge=1)
     """New traces that make a tick due."""
     interval_s: float = Field(60.0, gt=0)
     """Seconds after which a tick is due with fewer new traces."""
     poll_s: float = Field(0.5, gt=0)
     """Seconds between two looks at the triggers."""
-    lam: float = Field(1.0, ge=0)
+    lam: float = Field(2.0, ge=0)
     """Share of SurpriseRatio-selected traces to one share of fresh ones."""
-    epsilon: float = Field(1.0, ge=0)
+    epsilon: float = Field(0.33, ge=0)
     """Share of anchor traces to one share of fresh ones."""
     mix_after: int = Field(4, ge=0)
     """Steps on fresh traces alone after a drift event or a start, before the mixture."""
@@ -118,7 +118,7 @@ class LearnConfig(_Section):
     """What makes a trace worth replaying."""
     priority_exponent: float = Field(0.7, ge=0)
     """0: uniform; 1: proportional to priority."""
-    importance_exponent: float = Field(0.5, ge=0, le=1)
+    importance_exponent: float = Field(0.0, ge=0, le=1)
     """Correction of the sampling bias; 1: full."""
     tau: float = Field(1.0, gt=0)
     """Threshold of the SurpriseRatio."""

@@ -36,7 +36,7 @@ HOLD_UP, HOLD_DOWN, HOLD_MAX = 1.5, 0.9, 6.0
 
 #: Gain below which a refused candidate says that there is nothing to learn at present: the next tick takes half as many
 #: steps, down to `LEAST_EFFORT` of them, until a candidate is promoted again, a domain loses or traffic drifts.
-IDLE_GAIN, LEAST_EFFORT = 0.01, 0.25
+IDLE_GAIN, LEAST_EFFORT = 0.002, 0.25
 
 #: Steps whose loss was not finite, in a row, after which learning goes back to the last published version.
 MAX_SKIPPED = 3

@@ -68,7 +68,7 @@ class PeftLora(Lora):
             for matrix, random in (("lora_A", True), ("lora_B", False)):
                 linear = wrapper.get_submodule(f"{matrix}.default").float()
                 weight = linear.get_parameter("weight")
-                self.add(f"{name}.{matrix}.weight", weight, random=random)
+                self.add(f"{name}.{matrix}.weight", weight, random=random, matrix=True)
             linear.register_forward_hook(lambda _layer, _inputs, output: openness.scale(output))
 
     def refresh(self) -> None:
@@ -88,8 +88,8 @@ class MergedLora(Lora):
             stored = pristine[f"{name}.weight"] = layer.get_parameter("weight").detach().clone()
             self._places.append((name, live, stored.T if name in self._transposed else stored))
             rows, columns = live.shape
-            self.add(f"{name}.lora_A.weight", learned(rank, columns, device=live.device), random=True)
-            self.add(f"{name}.lora_B.weight", learned(rows, rank, device=live.device))
+            self.add(f"{name}.lora_A.weight", learned(rank, columns, device=live.device), random=True, matrix=True)
+            self.add(f"{name}.lora_B.weight", learned(rows, rank, device=live.device), matrix=True)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -108,8 +108,8 @@ class GatedLora(Lora):
         for name, layer in layers.items():
             rows, columns = weight_of(layer).shape
             device = weight_of(layer).device
-            down = self.add(f"{name}.lora_A.weight", learned(rank, columns, device=device), random=True)
-            up = self.add(f"{name}.lora_B.weight", learned(rows, rank, device=device))
+            down = self.add(f"{name}.lora_A.weight", learned(rank, columns, device=device), random=True, matrix=True)
+            up = self.add(f"{name}.lora_B.weight", learned(rows, rank, device=device), matrix=True)
             model.set_submodule(name, LoraLayer(layer, down, up, self._scaling, openness))
 
     def refresh(self) -> None:
