@@ -1,0 +1,361 @@
+"""Brings versions into one running vLLM server and sees to it that they stay.
+
+    write -> probe -> pause -> start -> update -> finish -> checksum -> resume -> probe again
+
+Invariants:
+1. Whatever fails, and whenever, the server is resumed, and the version that served before is brought back if the draft
+   may have changed.
+2. The target's checksums before and after are equal. If they ever differ nothing more is published: outputs may have
+   changed, which only a restart of the server undoes.
+3. A version counts as serving only after all of that. What the server holds is labelled with version and content, so
+   that a server that restarted or woke up without it is noticed (`look`) and gets it again.
+
+Serving never waits for a publication except for the pause between two steps of the server, which `counts` reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaptd import events
+from adaptd.errors import PublishFailed, UpstreamUnavailable
+from adaptd.log import logger
+from adaptd.sidecar.client import UpstreamRefused, VllmClient
+from adaptd.sidecar.presence import Presence
+from adaptd.sidecar.probes import Outcome, Probe, Prober, compare
+from adaptd.sidecar.update import Update
+from checkpoints.errors import CheckpointError
+
+_log = logger(__name__)
+
+#: Attempts to resume a paused server, and seconds between them: a server left paused is the outage adaptd must not be.
+_RESUMES, _RESUME_WAIT_S = 5, 0.5
+
+#: Longest hashing of the target's weights, in seconds, that is done while the server is paused; a longer one is done
+#: right after, so that requests do not wait for it.
+_CHECK_PAUSED_S = 1.0
+
+#: Seconds between two looks at the server, and between two looks at one that keeps failing.
+LOOK_S, _LONGEST_WAIT_S = 2.0, 60.0
+
+#: File in the folder of updates that exists while the server is paused: a daemon that is killed then finds it again.
+_PAUSED = "server-paused"
+
+
+class Publisher:
+    """Owns what one server drafts with. `publish` and `look` exclude each other.
+
+    Args:
+      client: of the server.
+      write: gives the update of a version (0: day 0); `UpdateWriter.write` in a thread or another process.
+      folder: of the update files, as the server sees it; None: as they are named here.
+      prober: measures acceptance before and after; None: nothing is measured.
+      seed: of the bootstrap.
+    """
+
+    def __init__(
+        self,
+        client: VllmClient,
+        write: Callable[[int], Awaitable[Update]],
+        *,
+        folder: str | None = None,
+        prober: Prober | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._client, self._write, self._folder, self._prober = client, write, folder, prober
+        self._rng = np.random.default_rng(seed)
+        self._lock = asyncio.Lock()
+        self._serving: Update | None = None
+        self._presence = Presence(client)
+        self._baseline_of: float | None = None
+        self._baseline: dict[str, str] | None = None
+        self._check_seconds = 0.0
+        self._halted = ""
+        self._last_error = ""
+        self.last_outcome: Outcome | None = None
+        self.counts: dict[str, Any] = {
+            "published": 0,
+            "failed": {},
+            "restored": 0,
+            "lost": 0,
+            "last_pause_s": None,
+            "max_pause_s": 0.0,
+        }
+
+    @property
+    def version(self) -> int | None:
+        """The version that the server drafts with; None before the first publication."""
+        return None if self._serving is None else self._serving.version
+
+    async def publish(self, version: int) -> None:
+        """Bring a version into the server; returns once it serves and does what the gate promised.
+
+        Raises:
+          PublishFailed: see there; the version that served before serves again, as far as the server lets it.
+          UpstreamUnavailable: the server does not answer; `look` brings back what served when it does.
+        """
+        async with self._lock:
+            try:
+                await self._publish(version)
+            except (PublishFailed, UpstreamUnavailable) as error:
+                reason = getattr(error, "reason", "unavailable")
+                self.counts["failed"][reason] = self.counts["failed"].get(reason, 0) + 1
+                self._last_error = str(error)
+                _log.warning(
+                    events.DRAFT_PUBLISH_FAILED,
+                    upstream=self._client.url,
+                    version=version,
+                    reason=reason,
+                    error=str(error),
+                )
+                raise
+
+    async def _publish(self, version: int) -> None:
+        if self._halted:
+            raise PublishFailed("target_changed", self._halted)
+        started = time.perf_counter()
+        update = await self._written(version)
+        prompts = self._prober.prompts() if self._prober else []
+        before = await self._measured(prompts)
+        try:
+            await self._swap(update)
+            await self._keep_promise(update, prompts, before)
+        except (PublishFailed, UpstreamUnavailable):
+            await self._restore(update)
+            raise
+        self._serving = update
+        self._last_error = ""
+        self.counts["published"] += 1
+        _log.info(
+            events.DRAFT_PUBLISHED,
+            upstream=self._client.url,
+            version=version,
+            pause_s=round(self.counts["last_pause_s"], 4),
+            seconds=round(time.perf_counter() - started, 3),
+            bytes=update.file.bytes,
+        )
+
+    async def _written(self, version: int) -> Update:
+        try:
+            return await self._write(version)
+        except CheckpointError as error:
+            raise PublishFailed("checkpoint", str(error)) from error
+
+    async def _measured(self, prompts: Sequence[Sequence[int]]) -> list[Probe]:
+        if self._prober is None or not prompts:
+            return []
+        try:
+            return await self._prober.measure(prompts)
+        except UpstreamRefused as error:
+            raise PublishFailed("unsupported", f"the probe prompts were refused: {error}") from error
+
+    async def _keep_promise(self, update: Update, prompts: Sequence[Sequence[int]], before: Sequence[Probe]) -> None:
+        after = await self._measured(prompts)
+        outcome = self.last_outcome = compare(before, after, update.promise.low, self._rng)
+        if not outcome.kept:
+            raise PublishFailed("acceptance", f"version {update.version}: {outcome.reason}")
+
+    async def _swap(self, update: Update) -> None:
+        """One update, from pause to resume.
+
+        Raises:
+          PublishFailed: `unsupported`, `refused`, `target_changed`.
+          UpstreamUnavailable: the server does not answer.
+        """
+        folder = self._folder or str(update.file.path.parent)
+        label = f"adaptd-v{update.version}-{update.content}"
+        try:
+            await self._client.init_transfer(folder)
+            await self._take_baseline()
+            await self._update(str(Path(folder) / update.file.path.name), update, label)
+            if self._check_seconds > _CHECK_PAUSED_S:
+                await self._check_target()
+            await self._presence.arrived(label)
+        except UpstreamRefused as error:
+            raise PublishFailed("unsupported", _remedy(error)) from error
+
+    async def _update(self, path: str, update: Update, label: str) -> None:
+        marker = update.file.path.parent / _PAUSED
+        paused_at = time.perf_counter()
+        try:
+            marker.touch()
+            await self._client.pause()
+            await self._start()
+            try:
+                await self._client.update(path, update.file.sha256)
+            except UpstreamRefused as error:
+                raise PublishFailed("refused", f"version {update.version}: {error.text}") from error
+            await self._client.finish_update(label)
+            if self._check_seconds <= _CHECK_PAUSED_S:
+                await self._check_target()
+        finally:
+            # Shielded: a daemon that is being stopped must not leave the server paused.
+            await asyncio.shield(self._resume(marker))
+            pause = self.counts["last_pause_s"] = time.perf_counter() - paused_at
+            self.counts["max_pause_s"] = max(self.counts["max_pause_s"], pause)
+
+    async def _start(self) -> None:
+        """Open a session; one that a dead publisher left open is closed first (it has changed nothing)."""
+        try:
+            await self._client.start_draft_update()
+        except UpstreamRefused as error:
+            if "already active" not in error.text:
+                raise
+            await self._client.finish_update()
+            await self._client.start_draft_update()
+
+    async def _take_baseline(self) -> None:
+        """The target's checksums, once a server start: the target never changes."""
+        started_at = (await self._client.metrics()).started_at
+        if self._baseline is not None and started_at is not None and started_at == self._baseline_of:
+            return
+        began = time.perf_counter()
+        self._baseline = await self._client.target_checksums()
+        self._check_seconds = time.perf_counter() - began
+        self._baseline_of = started_at
+
+    async def _check_target(self) -> None:
+        found, before = await self._client.target_checksums(), self._baseline or {}
+        changed = sorted(name for name in found.keys() | before.keys() if found.get(name) != before.get(name))
+        if changed:
+            self._halted = (
+                f"{len(changed)} of the target's tensors are not what they were before the update, first {changed[0]}: "
+                "outputs may differ from the target's; restart the server, then adaptd, and report this"
+            )
+            raise PublishFailed("target_changed", self._halted)
+
+    async def _resume(self, marker: Path) -> None:
+        """Resume, again and again if need be.
+
+        Raises:
+          UpstreamUnavailable: the server is gone, and its pause with it.
+        """
+        for attempt in range(_RESUMES):
+            try:
+                await self._client.resume()
+                marker.unlink(missing_ok=True)
+                return
+            except (UpstreamUnavailable, UpstreamRefused) as error:
+                if attempt == _RESUMES - 1:
+                    raise UpstreamUnavailable(
+                        f"the server at {self._client.url} could not be resumed ({error}): POST /resume, or restart it"
+                    ) from error
+                await asyncio.sleep(_RESUME_WAIT_S)
+
+    async def recover(self, folder: Path) -> bool:
+        """Resume a server that a killed daemon left paused; returns whether it had to. `folder`: of the update files.
+
+        Raises:
+          UpstreamUnavailable: the server does not answer.
+        """
+        marker = folder / _PAUSED
+        if not marker.exists():
+            return False
+        async with self._lock:
+            await self._resume(marker)
+        return True
+
+    async def _restore(self, failed: Update) -> None:
+        """Bring back what served before `failed`, and day 0 if that cannot be; what fails here is only logged."""
+        if self._halted:
+            return
+        previous = 0 if self._serving is None else self._serving.version
+        for version in dict.fromkeys((previous, 0)):
+            try:
+                update = await self._written(version)
+                await self._swap(update)
+            except (PublishFailed, UpstreamUnavailable) as error:
+                _log.warning(
+                    events.DRAFT_PUBLISH_FAILED,
+                    upstream=self._client.url,
+                    version=version,
+                    reason=getattr(error, "reason", "unavailable"),
+                    error=str(error),
+                )
+                if isinstance(error, UpstreamUnavailable) or self._halted:
+                    return
+                continue
+            self._serving = update
+            self.counts["restored"] += 1
+            _log.info(
+                events.DRAFT_RESTORED,
+                upstream=self._client.url,
+                version=version,
+                reason=f"version {failed.version} did not stay",
+            )
+            return
+
+    async def look(self) -> bool:
+        """One look at the server; brings the version back if it was lost, and returns whether it had to.
+
+        Raises:
+          PublishFailed, UpstreamUnavailable: as `publish`.
+        """
+        async with self._lock:
+            if self._serving is None or self._halted:
+                return False
+            try:
+                reason = await self._presence.loss()
+            except UpstreamRefused as error:
+                raise PublishFailed("unsupported", _remedy(error)) from error
+            if not reason:
+                return False
+            self.counts["lost"] += 1
+            version = self._serving.version
+            _log.warning(events.DRAFT_LOST, upstream=self._client.url, version=version, reason=reason)
+            await self._swap(await self._written(version))
+            self.counts["restored"] += 1
+            _log.info(events.DRAFT_RESTORED, upstream=self._client.url, version=version, reason=reason)
+            return True
+
+    async def run(self, interval_s: float = LOOK_S) -> None:
+        """Look again and again, until cancelled. A server that is away is reported once, and asked less and less often."""
+        wait = interval_s
+        while True:
+            await asyncio.sleep(wait)
+            try:
+                await self.look()
+                wait = interval_s
+            except (PublishFailed, UpstreamUnavailable) as error:
+                self._last_error = str(error)
+                if wait == interval_s:
+                    _log.warning(events.UPSTREAM_UNAVAILABLE, upstream=self._client.url, error=str(error))
+                wait = min(2 * wait, max(_LONGEST_WAIT_S, interval_s))
+
+    async def close(self) -> None:
+        """Let a publication end, then close the connections; the server keeps what it has."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(10.0):
+                await self._lock.acquire()
+        await self._client.close()
+
+    def status(self) -> dict[str, Any]:
+        """Plain JSON values for `adaptd status`."""
+        outcome = self.last_outcome
+        return {
+            "upstream": self._client.url,
+            "version": self.version,
+            "label": self._presence.label or None,
+            "halted": self._halted or None,
+            "last_error": self._last_error or None,
+            "last_probe": None if outcome is None else outcome.reason,
+            **self.counts,
+        }
+
+
+def _remedy(error: UpstreamRefused) -> str:
+    """What to change at the server, from its answer."""
+    if error.status in (404, 405):
+        return f"{error}: start the server with VLLM_SERVER_DEV_MODE=1"
+    if "not configured" in error.text or "init_info" in error.text:
+        return f'{error}: start the server with --weight-transfer-config \'{{"backend": "adaptd_disk"}}\''
+    if "raft" in error.text:
+        return f"{error}: start the server with --speculative-config and method draft_model"
+    return str(error)
