@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -22,7 +22,8 @@ from vllm.logger import init_logger
 
 from adaptd.sidecar.vllm_update import UpdateRefused, check_update, read_update, stored_shapes
 
-_logger = init_logger(__name__)
+#: Under vLLM's own name, so that its logging configuration writes it.
+_logger = init_logger("vllm.adaptd")
 
 
 @dataclass
@@ -90,25 +91,29 @@ class DiskWeightTransferEngine(WeightTransferEngine[DiskInitInfo, DiskUpdateInfo
         return self._shapes[model]
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
-        from vllm.model_executor.model_loader.reload import (
-            finalize_layerwise_reload,
-            get_layerwise_info,
-            initialize_layerwise_reload,
-        )
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-        initialize_layerwise_reload(self.model)
         try:
+            initialize_layerwise_reload(self.model)
             self.model.load_weights((name, tensor.to(self.device)) for name, tensor in tensors.items())
         except BaseException:
-            # Modules that received something are left out, so that finalising puts their old tensors back. Those that
-            # were complete are new already: the publisher brings the previous version back.
-            for layer in self.model.modules():
-                info = get_layerwise_info(layer)
-                info.loaded_weights.clear()
-                info.load_numel = 0
+            _forget_half_loaded(self.model)
             raise
         finally:
             finalize_layerwise_reload(self.model, self.model_config)
+
+
+def _forget_half_loaded(model: nn.Module) -> None:
+    """Modules that received only a part get their old tensors back when reloading is finalised.
+
+    Those that were complete are new already: the publisher brings the previous version back.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        info.loaded_weights.clear()
+        info.load_numel = 0
 
 
 def _snapshot(model: str) -> str:
