@@ -29,10 +29,10 @@ class VllmClient:
     """One server. Every method raises `UpstreamUnavailable` (no answer) or `UpstreamRefused` (an error answer).
 
     Args:
-      url: root of the server, such as http://127.0.0.1:8000.
+      url: root of the server, such as http://127.0.0.1:8000, or unix:///path/to/socket.
       headers: sent with every request, such as an Authorization of the server's API key.
       timeout_s: of a whole answer; hashing a large target's weights takes long.
-      transport: of httpx, for tests and unix sockets.
+      transport: of httpx, for tests.
     """
 
     def __init__(
@@ -44,9 +44,14 @@ class VllmClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/")
-        timeout = httpx.Timeout(timeout_s, connect=5.0)
+        parts = urlsplit(self.url)
+        socket = parts.path if parts.scheme == "unix" else None
         self._http = httpx.AsyncClient(
-            base_url=self.url, headers=dict(headers or {}), timeout=timeout, transport=transport
+            base_url="http://vllm" if socket else self.url,
+            headers=dict(headers or {}),
+            timeout=httpx.Timeout(timeout_s, connect=5.0),
+            # No proxy of the environment stands between a sidecar and its server.
+            transport=transport or httpx.AsyncHTTPTransport(uds=socket, trust_env=False),
         )
 
     async def close(self) -> None:
@@ -114,6 +119,13 @@ class VllmClient:
         """A completion of token ids."""
         return await self._json("POST", "/v1/completions", {"model": model, "prompt": list(prompt), **options})
 
+    async def tokenize(self, model: str, **what: Any) -> list[int]:
+        """Token ids of a `prompt`, or of `messages` through the server's chat template."""
+        body = {"model": model, **what}
+        if "messages" in what:
+            body["add_generation_prompt"] = True
+        return [int(token) for token in (await self._json("POST", "/tokenize", body))["tokens"]]
+
     async def _json(
         self, method: str, route: str, body: dict[str, Any] | None = None, params: dict[str, str] | None = None
     ) -> dict[str, Any]:
@@ -140,8 +152,9 @@ class VllmClient:
 
 def is_loopback(url: str) -> bool:
     """Whether a server at this address can be reached from this machine only."""
-    host = urlsplit(url).hostname or ""
-    if host == "localhost" or host.endswith(".localhost"):
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "unix" or host == "localhost" or host.endswith(".localhost"):
         return True
     try:
         return ip_address(host).is_loopback

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -41,6 +42,9 @@ _RESUMES, _RESUME_WAIT_S = 5, 0.5
 #: Longest hashing of the target's weights, in seconds, that is done while the server is paused; a longer one is done
 #: right after, so that requests do not wait for it.
 _CHECK_PAUSED_S = 1.0
+
+#: Digest of a tensor without elements.
+_EMPTY = hashlib.sha256().hexdigest()
 
 #: Seconds between two looks at the server, and between two looks at one that keeps failing.
 LOOK_S, _LONGEST_WAIT_S = 2.0, 60.0
@@ -78,6 +82,8 @@ class Publisher:
         self._baseline: dict[str, str] | None = None
         self._check_seconds = 0.0
         self._halted = ""
+        #: Contents that broke their promise, with the reason: trying again would cost the traffic the same again.
+        self._broken: dict[str, str] = {}
         self._last_error = ""
         self.last_outcome: Outcome | None = None
         self.counts: dict[str, Any] = {
@@ -105,16 +111,8 @@ class Publisher:
             try:
                 await self._publish(version)
             except (PublishFailed, UpstreamUnavailable) as error:
-                reason = getattr(error, "reason", "unavailable")
-                self.counts["failed"][reason] = self.counts["failed"].get(reason, 0) + 1
+                self.counts["failed"][_slug(error)] = self.counts["failed"].get(_slug(error), 0) + 1
                 self._last_error = str(error)
-                _log.warning(
-                    events.DRAFT_PUBLISH_FAILED,
-                    upstream=self._client.url,
-                    version=version,
-                    reason=reason,
-                    error=str(error),
-                )
                 raise
 
     async def _publish(self, version: int) -> None:
@@ -122,6 +120,8 @@ class Publisher:
             raise PublishFailed("target_changed", self._halted)
         started = time.perf_counter()
         update = await self._written(version)
+        if update.content in self._broken:
+            raise PublishFailed("acceptance", f"{self._broken[update.content]}; it is not tried again")
         prompts = self._prober.prompts() if self._prober else []
         before = await self._measured(prompts)
         try:
@@ -134,7 +134,7 @@ class Publisher:
         self._last_error = ""
         self.counts["published"] += 1
         _log.info(
-            events.DRAFT_PUBLISHED,
+            events.DRAFT_INSTALLED,
             upstream=self._client.url,
             version=version,
             pause_s=round(self.counts["last_pause_s"], 4),
@@ -160,7 +160,8 @@ class Publisher:
         after = await self._measured(prompts)
         outcome = self.last_outcome = compare(before, after, update.promise.low, self._rng)
         if not outcome.kept:
-            raise PublishFailed("acceptance", f"version {update.version}: {outcome.reason}")
+            reason = self._broken[update.content] = f"version {update.version}: {outcome.reason}"
+            raise PublishFailed("acceptance", reason)
 
     async def _swap(self, update: Update) -> None:
         """One update, from pause to resume.
@@ -273,10 +274,10 @@ class Publisher:
                 await self._swap(update)
             except (PublishFailed, UpstreamUnavailable) as error:
                 _log.warning(
-                    events.DRAFT_PUBLISH_FAILED,
+                    events.DRAFT_RESTORE_FAILED,
                     upstream=self._client.url,
                     version=version,
-                    reason=getattr(error, "reason", "unavailable"),
+                    reason=_slug(error),
                     error=str(error),
                 )
                 if isinstance(error, UpstreamUnavailable) or self._halted:
@@ -326,7 +327,13 @@ class Publisher:
             except (PublishFailed, UpstreamUnavailable) as error:
                 self._last_error = str(error)
                 if wait == interval_s:
-                    _log.warning(events.UPSTREAM_UNAVAILABLE, upstream=self._client.url, error=str(error))
+                    _log.warning(
+                        events.DRAFT_RESTORE_FAILED,
+                        upstream=self._client.url,
+                        version=self.version,
+                        reason=_slug(error),
+                        error=str(error),
+                    )
                 wait = min(2 * wait, max(_LONGEST_WAIT_S, interval_s))
 
     async def close(self) -> None:
@@ -335,6 +342,13 @@ class Publisher:
             async with asyncio.timeout(10.0):
                 await self._lock.acquire()
         await self._client.close()
+
+    def _coverage(self) -> str | None:
+        """How much of the target the checksums see: vLLM's CPU build repacks linear layers and leaves them empty."""
+        if self._baseline is None:
+            return None
+        seen = sum(digest != _EMPTY for digest in self._baseline.values())
+        return f"{seen} of {len(self._baseline)}"
 
     def status(self) -> dict[str, Any]:
         """Plain JSON values for `adaptd status`."""
@@ -345,9 +359,14 @@ class Publisher:
             "label": self._presence.label or None,
             "halted": self._halted or None,
             "last_error": self._last_error or None,
+            "target_tensors_checked": self._coverage(),
             "last_probe": None if outcome is None else outcome.reason,
             **self.counts,
         }
+
+
+def _slug(error: PublishFailed | UpstreamUnavailable) -> str:
+    return error.reason if isinstance(error, PublishFailed) else "unavailable"
 
 
 def _remedy(error: UpstreamRefused) -> str:

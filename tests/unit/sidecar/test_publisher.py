@@ -1,7 +1,6 @@
 """The publisher against a fake server: whatever fails, the server is resumed and an intact draft is at work."""
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ from adaptd.sidecar.publisher import Publisher
 from adaptd.sidecar.update import Promise, Update
 from checkpoints.errors import CorruptCheckpoint
 from checkpoints.export import UpdateFile
-
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_vllm import ACCEPTED, FakeVllm, error
+from tests.unit.sidecar.fake_vllm import ACCEPTED, FakeVllm, error
 
 PROMPTS = [[i, i + 1, i + 2] for i in range(12)]
 DOWN = httpx.ConnectError("refused")
@@ -215,8 +212,16 @@ def test_a_version_that_breaks_its_promise_is_taken_back(tmp_path: Path) -> None
 
 def test_a_dead_draft_is_taken_back_without_any_promise(tmp_path: Path) -> None:
     setting = Setting(tmp_path, probes=True)
-    with pytest.raises(PublishFailed, match="the draft is dead"):
-        run(lambda: setting.publisher.publish(3))
+
+    async def work() -> None:
+        with pytest.raises(PublishFailed, match="the draft is dead"):
+            await setting.publisher.publish(3)
+        updates = setting.server.log.count("/update_weights")
+        with pytest.raises(PublishFailed, match="not tried again"):
+            await setting.publisher.publish(3)
+        assert setting.server.log.count("/update_weights") == updates, "a follower that retries costs no traffic"
+
+    run(work)
     assert setting.server.draft == 0
 
 
@@ -298,6 +303,7 @@ def test_a_server_that_is_away_is_reported_and_gets_its_version_when_it_is_back(
         ("http://127.0.0.1:8000", True),
         ("http://[::1]:8000", True),
         ("http://localhost", True),
+        ("unix:///run/vllm.sock", True),
         ("http://10.0.0.1:8000", False),
         ("http://vllm.example", False),
         ("http://localhost.example", False),

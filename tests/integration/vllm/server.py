@@ -1,0 +1,84 @@
+"""A real vLLM server process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.vllm.helpers import K
+
+_START_S = 300.0
+
+
+class VllmServer:
+    """One server process on a free loopback port."""
+
+    def __init__(self, home: Path, plugin: Path, target: str, draft: Path, log: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        speculative = f'{{"method": "draft_model", "model": "{draft}", "num_speculative_tokens": {K}}}'
+        self._command = [
+            *(str(home / "bin" / "vllm"), "serve", target, "--served-model-name", "pocket"),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", "512"),
+            *("--enforce-eager", "--max-num-seqs", "16", "--max-logprobs", "32"),
+            *("--speculative-config", speculative, "--weight-transfer-config", '{"backend": "adaptd_disk"}'),
+            *("--per-request-spec-decode-metrics", "detailed"),
+        ]
+        self._environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("ADAPTD_")},
+            "PYTHONPATH": str(plugin),
+            "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def start(self) -> None:
+        """Start, and wait until it is healthy."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                ["nice", "-n", "10", *self._command],
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                break
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                    return
+            time.sleep(0.5)
+        self.stop()
+        pytest.fail(f"vLLM did not start:\n{self._log.read_text(errors='replace')[-4000:]}")
+
+    def stop(self) -> None:
+        """Stop it and all its processes."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(30)
+        self._process = None
+
+    def log(self) -> str:
+        """What it has written."""
+        return self._log.read_text(errors="replace")
