@@ -1,4 +1,4 @@
-"""The HTTP routes of one vLLM server that a swap and its checks need. No decisions here, and no retries but one.
+"""The HTTP routes of one vLLM server that a swap and its checks need. No decisions here, and no retries.
 
 All routes but the OpenAI ones exist only with `VLLM_SERVER_DEV_MODE=1`, and the server's API key does not cover them.
 """
@@ -14,6 +14,9 @@ import httpx
 
 from adaptd.errors import UpstreamUnavailable
 from adaptd.sidecar.metrics import ServerMetrics, parse_metrics
+
+#: Below uvicorn's 5 s, after which the server closes an idle connection under a request that is just being sent.
+_KEEP_ALIVE_S = 2.0
 
 
 class UpstreamRefused(Exception):
@@ -51,7 +54,10 @@ class VllmClient:
             headers=dict(headers or {}),
             timeout=httpx.Timeout(timeout_s, connect=5.0),
             # No proxy of the environment stands between a sidecar and its server.
-            transport=transport or httpx.AsyncHTTPTransport(uds=socket, trust_env=False),
+            transport=transport
+            or httpx.AsyncHTTPTransport(
+                uds=socket, trust_env=False, limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S)
+            ),
         )
 
     async def close(self) -> None:

@@ -21,11 +21,12 @@ _START_S = 300.0
 class VllmServer:
     """One server process on a free loopback port."""
 
-    def __init__(self, home: Path, plugin: Path, target: str, draft: Path, log: Path) -> None:
+    def __init__(self, home: Path, plugin: Path, target: str, draft: Path, log: Path, fault: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
+        self.fault = fault
         self._process: subprocess.Popen[bytes] | None = None
         speculative = f'{{"method": "draft_model", "model": "{draft}", "num_speculative_tokens": {K}}}'
         self._command = [
@@ -43,6 +44,7 @@ class VllmServer:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
+            "PLANTED_FAULT": str(fault),
         }
 
     def start(self) -> None:

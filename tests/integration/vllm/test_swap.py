@@ -10,7 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adaptd.config import Config
 from adaptd.errors import PublishFailed
+from adaptd.models.chat import render_chat
+from adaptd.models.scope import ScopeConfig
+from adaptd.sidecar.checks import Expected, run_checks
 from adaptd.sidecar.client import UpstreamRefused, VllmClient
 from adaptd.sidecar.metrics import SpecCounters
 from adaptd.sidecar.probes import Prober
@@ -19,6 +23,8 @@ from adaptd.sidecar.update import Promise, Update
 from checkpoints.export import UpdateFile
 from tests.integration.vllm.helpers import Draft, K, complete, steps_of, tokens
 from tests.integration.vllm.server import VllmServer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 Run = Callable[[Callable[[], Awaitable[Any]]], Any]
 
@@ -153,6 +159,54 @@ def test_a_refused_file_has_changed_nothing_even_before_anything_is_restored(
     run(work)
 
 
+def test_an_update_that_breaks_off_in_the_middle_is_undone(server: VllmServer, draft: Draft, run: Run) -> None:
+    """Nine of fourteen tensors arrived: one layer is new, one module half. The first restoration fails as well."""
+    setting = Setting(server, draft)
+
+    def mend(update: Update) -> Update:
+        if update.version == 0:
+            server.fault.unlink()
+        return update
+
+    async def work() -> None:
+        await setting.publisher.publish(1)
+        before, _ = await setting.decode()
+        setting.alter = mend
+        server.fault.touch()
+        with pytest.raises(PublishFailed, match="planted fault"):
+            await setting.publisher.publish(2)
+        # Version 1 broke off too, day 0 went through.
+        assert setting.publisher.version == 0
+        assert not await setting.client.paused()
+        await setting.publisher.publish(1)
+        after, _ = await setting.decode()
+        assert [accepted_steps(a) for a in after] == [accepted_steps(a) for a in before]
+        assert tokens(after) == tokens(before)
+
+    run(work)
+
+
+def test_modules_that_an_update_did_not_reach_keep_their_values(server: VllmServer, draft: Draft, run: Run) -> None:
+    """The same tensors broken off in the middle: what was loaded is equal, what was not must be as it was."""
+    setting = Setting(server, draft)
+
+    async def work() -> None:
+        await setting.publisher.publish(1)
+        before, _ = await setting.decode()
+        update = await setting.write(1)
+        server.fault.touch()
+        try:
+            await setting.client.start_draft_update()
+            with pytest.raises(UpstreamRefused, match="planted fault"):
+                await setting.client.update(str(update.file.path), update.file.sha256)
+        finally:
+            server.fault.unlink()
+        after, _ = await setting.decode()
+        assert [accepted_steps(a) for a in after] == [accepted_steps(a) for a in before]
+
+    run(work)
+
+
 def test_a_version_that_breaks_its_promise_goes_and_the_one_before_comes_back(
     server: VllmServer, draft: Draft, run: Run
 ) -> None:
@@ -222,6 +276,37 @@ def test_a_server_that_restarts_gets_its_version_back(server: VllmServer, draft:
         assert [accepted_steps(a) for a in day_0] != [accepted_steps(a) for a in before]
 
     run(work)
+
+
+def test_doctor_finds_nothing_wrong_with_a_server_started_as_documented(
+    server: VllmServer, swap_settings: Config, pocket_tokenizer: Any
+) -> None:
+    expected = Expected(
+        k=K,
+        top_logprobs=32,
+        scope=ScopeConfig(**swap_settings.adapt.model_dump(), seed=swap_settings.seed).to_dict(),
+        tokenize=pocket_tokenizer.encode,
+        render=lambda messages: render_chat(pocket_tokenizer, messages),
+    )
+    found = run_checks(server.url, expected)
+    assert [f for f in found if f.state != "ok"] == []
+    names = {f.name for f in found}
+    assert names >= {"vocabulary", "chat template", "plugin", "tied head", "per-request metrics", "prefix cache"}
+
+
+def test_doctor_sees_what_does_not_fit_the_server(server: VllmServer, pocket_tokenizer: Any) -> None:
+    expected = Expected(
+        k=K + 1,
+        top_logprobs=33,
+        draft_sampling="probabilistic",
+        scope=ScopeConfig().to_dict(),
+        tokenize=lambda text: [*pocket_tokenizer.encode(text), 0],
+        render=lambda messages: [0, *render_chat(pocket_tokenizer, messages)],
+    )
+    found = {f.name: f for f in run_checks(server.url, expected)}
+    wrong = {name for name, f in found.items() if f.state != "ok"}
+    assert wrong == {"vocabulary", "chat template", "depth", "draft sampling", "draft folder", "--max-logprobs"}
+    assert all(found[name].remedy for name in wrong)
 
 
 def _described(file: UpdateFile) -> UpdateFile:

@@ -17,6 +17,8 @@ class FakeVllm:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.faults: dict[str, list[httpx.Response | Exception]] = {}
+        self.config: dict[str, Any] = {}
+        self.tokens: list[int] = []
         self.restart()
 
     def restart(self) -> None:
@@ -83,6 +85,16 @@ class FakeVllm:
 
     def weight_info(self, body: Any, request: httpx.Request) -> Any:
         return {"weight_version": self.label}
+
+    def server_info(self, body: Any, request: httpx.Request) -> Any:
+        assert request.url.params["config_format"] == "json"
+        return {"vllm_config": self.config}
+
+    def tokenize(self, body: Any, request: httpx.Request) -> Any:
+        return {"tokens": self.tokens, "count": len(self.tokens)}
+
+    def is_paused(self, body: Any, request: httpx.Request) -> Any:
+        return {"is_paused": self.paused}
 
     def is_sleeping(self, body: Any, request: httpx.Request) -> Any:
         return {"is_sleeping": self.sleeps}
