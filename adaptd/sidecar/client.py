@@ -15,8 +15,9 @@ import httpx
 from adaptd.errors import UpstreamUnavailable
 from adaptd.sidecar.metrics import ServerMetrics, parse_metrics
 
-#: Below uvicorn's 5 s, after which the server closes an idle connection under a request that is just being sent.
-_KEEP_ALIVE_S = 2.0
+#: A connection a request. vLLM closes a connection after an answer of 500 without saying so, as well as one that was
+#: idle for 5 s: the next request on it would fail, and that may be the one which resumes the server.
+_NO_KEEP_ALIVE = httpx.Limits(max_keepalive_connections=0)
 
 
 class UpstreamRefused(Exception):
@@ -54,10 +55,7 @@ class VllmClient:
             headers=dict(headers or {}),
             timeout=httpx.Timeout(timeout_s, connect=5.0),
             # No proxy of the environment stands between a sidecar and its server.
-            transport=transport
-            or httpx.AsyncHTTPTransport(
-                uds=socket, trust_env=False, limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S)
-            ),
+            transport=transport or httpx.AsyncHTTPTransport(uds=socket, trust_env=False, limits=_NO_KEEP_ALIVE),
         )
 
     async def close(self) -> None:
