@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,9 @@ _RESUMES, _RESUME_WAIT_S = 5, 0.5
 #: Longest hashing of the target's weights, in seconds, that is done while the server is paused; a longer one is done
 #: right after, so that requests do not wait for it.
 _CHECK_PAUSED_S = 1.0
+
+#: Label of the weights in the server: version and content.
+_LABEL = re.compile(r"adaptd-v(\d+)-\w+")
 
 #: Digest of a tensor without elements.
 _EMPTY = hashlib.sha256().hexdigest()
@@ -123,10 +127,11 @@ class Publisher:
         if update.content in self._broken:
             raise PublishFailed("acceptance", f"{self._broken[update.content]}; it is not tried again")
         prompts = self._prober.prompts() if self._prober else []
+        holds = await self._holds()
         before = await self._measured(prompts)
         try:
             await self._swap(update)
-            await self._keep_promise(update, prompts, before)
+            await self._keep_promise(update, prompts, before, holds)
         except (PublishFailed, UpstreamUnavailable):
             await self._restore(update)
             raise
@@ -156,9 +161,23 @@ class Publisher:
         except UpstreamRefused as error:
             raise PublishFailed("unsupported", f"the probe prompts were refused: {error}") from error
 
-    async def _keep_promise(self, update: Update, prompts: Sequence[Sequence[int]], before: Sequence[Probe]) -> None:
+    async def _holds(self) -> int | None:
+        """The version that the server drafts with by its own label; None: somebody else's."""
+        try:
+            label = await self._client.weight_version()
+        except UpstreamRefused as error:
+            raise PublishFailed("unsupported", _remedy(error)) from error
+        if label == "default":
+            return 0
+        return int(match[1]) if (match := _LABEL.fullmatch(label)) else None
+
+    async def _keep_promise(
+        self, update: Update, prompts: Sequence[Sequence[int]], before: Sequence[Probe], held: int | None
+    ) -> None:
         after = await self._measured(prompts)
-        outcome = self.last_outcome = compare(before, after, update.promise.low, self._rng)
+        # What was promised over one version says nothing of the gain over another.
+        promised = update.promise.low if held == update.promise.over else None
+        outcome = self.last_outcome = compare(before, after, promised, self._rng)
         if not outcome.kept:
             reason = self._broken[update.content] = f"version {update.version}: {outcome.reason}"
             raise PublishFailed("acceptance", reason)
@@ -171,7 +190,7 @@ class Publisher:
           UpstreamUnavailable: the server does not answer.
         """
         folder = self._folder or str(update.file.path.parent)
-        label = f"adaptd-v{update.version}-{update.content}"
+        label = f"adaptd-v{update.version}-{update.content}"  # as _LABEL reads it
         try:
             await self._client.init_transfer(folder)
             await self._take_baseline()

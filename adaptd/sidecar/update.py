@@ -8,10 +8,12 @@ from checkpoints.export import UpdateFile
 
 
 class Promise(NamedTuple):
-    """What the gate said of a version: its relative gain in MAL over the incumbent. None: no gate judged it."""
+    """What the gate said of a version: its relative gain in MAL over the incumbent of that time."""
 
-    low: float | None
-    mean: float | None
+    #: Lower bound of the gain; None: no gate judged it, or what it said was of another incumbent.
+    low: float | None = None
+    #: The incumbent that it was compared with; 0 is day 0.
+    over: int = 0
 
 
 class Update(NamedTuple):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from adaptd.sidecar.kinds import DraftKind, draft_kind
 from adaptd.sidecar.update import Promise, Update
 from adaptd.sidecar.vllm_update import whole
 from checkpoints.export import write_update
+from checkpoints.manifest import Manifest
 from checkpoints.store import CheckpointStore
 from checkpoints.swap import check
 
@@ -60,17 +60,17 @@ class UpdateWriter:
         """
         with self._lock:
             tensors: dict[str, Tensor] = {}
-            gate: dict[str, Any] = {}
+            promise = Promise()
             if version:
                 manifest, tensors = self._store.load(version)
-                gate = dict(manifest.gate)
+                promise = _promise(manifest)
                 check(manifest, tensors, self._draft.expected(), self._draft.base_id, self._tokenizer_hash)
             state = fold.fold(self._draft, tensors).state_dict()
             names = whole(fold.moving(self._draft, state), state)
             sent = {theirs: state[ours] for ours, theirs in self._kind.travelling(sorted(names)).items()}
             file = write_update(self.folder / f"v{version:06d}.safetensors", sent)
             self._prune(file.path)
-            return Update(version, file.sha256[:12], file, _promise(gate))
+            return Update(version, file.sha256[:12], file, promise)
 
     def _prune(self, newest: Path) -> None:
         files = sorted(self.folder.glob("v*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
@@ -79,8 +79,9 @@ class UpdateWriter:
                 path.unlink(missing_ok=True)
 
 
-def _promise(gate: dict[str, Any]) -> Promise:
-    gain = gate.get("gain")
-    if not isinstance(gain, dict):
-        return Promise(None, None)
-    return Promise(gain.get("low"), gain.get("mean"))
+def _promise(manifest: Manifest) -> Promise:
+    """Tensors that are published again were judged against another incumbent than the one they replace now."""
+    gain = manifest.gate.get("gain")
+    if manifest.restored is not None or not isinstance(gain, dict):
+        return Promise()
+    return Promise(gain.get("low"), manifest.parent or 0)

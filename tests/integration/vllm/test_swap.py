@@ -213,7 +213,7 @@ def test_a_version_that_breaks_its_promise_goes_and_the_one_before_comes_back(
     setting = Setting(server, draft, probes=True)
 
     def promise(update: Update) -> Update:
-        return update._replace(promise=Promise(0.01, 0.05) if update.version == 2 else Promise(None, None))
+        return update._replace(promise=Promise(0.01, over=1) if update.version == 2 else Promise())
 
     async def work() -> None:
         setting.alter = promise

@@ -27,7 +27,7 @@ class Setting:
     def __init__(self, folder: Path, *, probes: bool = False, promise: float | None = None) -> None:
         self.server = FakeVllm()
         self.client = VllmClient("http://127.0.0.1:1", transport=httpx.MockTransport(self.server.handler))
-        self.promise = promise
+        self.promise, self.over = promise, 0
         self.folder = folder
         prober = Prober(self.client, lambda: PROMPTS) if probes else None
         self.publisher = Publisher(self.client, self.write, prober=prober)
@@ -36,7 +36,7 @@ class Setting:
         if version == 2:
             raise CorruptCheckpoint("sha256", "version 2 is damaged")
         file = UpdateFile(self.folder / f"v{version:06d}.safetensors", "ab" * 32, 14, 1000)
-        return Update(version, f"c{version}", file, Promise(self.promise if version else None, None))
+        return Update(version, f"c{version}", file, Promise(self.promise if version else None, self.over))
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_publication_is_one_paused_session_and_labels_the_server(setting: Setting) -> None:
     run(lambda: setting.publisher.publish(1))
     server = setting.server
-    order = [r for r in server.log if r not in ("/metrics", "/weight_checker")]
+    order = [r for r in server.log if r not in ("/metrics", "/weight_checker", "/weight_info")]
     assert order == [
         "/init_weight_transfer_engine",
         "/pause",
@@ -208,6 +208,13 @@ def test_a_version_that_breaks_its_promise_is_taken_back(tmp_path: Path) -> None
         run(lambda: setting.publisher.publish(1))
     assert failed.value.reason == "acceptance"
     assert setting.server.draft == 0
+
+
+def test_a_promise_over_another_version_than_the_one_at_work_says_nothing(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, probes=True, promise=1.5)
+    setting.over = 4
+    run(lambda: setting.publisher.publish(1))
+    assert setting.publisher.version == 1
 
 
 def test_a_dead_draft_is_taken_back_without_any_promise(tmp_path: Path) -> None:
