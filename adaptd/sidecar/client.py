@@ -64,18 +64,18 @@ class VllmClient:
 
     async def weight_version(self) -> str:
         """The label that the last `finish` left; `default` after a start."""
-        return str((await self._json("GET", "/weight_info"))["weight_version"])
+        return str(await self._field("weight_version", "GET", "/weight_info"))
 
     async def sleeping(self) -> bool:
         """Whether the engine sleeps; servers without sleep mode never do."""
         try:
-            return bool((await self._json("GET", "/is_sleeping"))["is_sleeping"])
+            return bool(await self._field("is_sleeping", "GET", "/is_sleeping"))
         except UpstreamRefused:
             return False
 
     async def paused(self) -> bool:
         """Whether generation is paused."""
-        return bool((await self._json("GET", "/is_paused"))["is_paused"])
+        return bool(await self._field("is_paused", "GET", "/is_paused"))
 
     async def pause(self) -> None:
         """Freeze all requests where they are; they go on at `resume`. (The route's default would abort them.)"""
@@ -103,17 +103,15 @@ class VllmClient:
 
     async def target_checksums(self) -> dict[str, str]:
         """sha256 of each of the target's tensors, by rank and name."""
-        found = await self._json("POST", "/weight_checker", {"action": "checksum"})
-        return dict(found["checksums"])
+        return dict(await self._field("checksums", "POST", "/weight_checker", {"action": "checksum"}))
 
     async def config(self) -> dict[str, Any]:
         """The server's resolved configuration."""
-        found = await self._json("GET", "/server_info", params={"config_format": "json"})
-        return dict(found["vllm_config"])
+        return dict(await self._field("vllm_config", "GET", "/server_info", params={"config_format": "json"}))
 
     async def models(self) -> list[dict[str, Any]]:
         """The entries of `/v1/models`."""
-        return list((await self._json("GET", "/v1/models"))["data"])
+        return list(await self._field("data", "GET", "/v1/models"))
 
     async def metrics(self) -> ServerMetrics:
         """The counters of speculation and the start time."""
@@ -128,7 +126,13 @@ class VllmClient:
         body = {"model": model, **what}
         if "messages" in what:
             body["add_generation_prompt"] = True
-        return [int(token) for token in (await self._json("POST", "/tokenize", body))["tokens"]]
+        return [int(token) for token in await self._field("tokens", "POST", "/tokenize", body)]
+
+    async def _field(self, key: str, method: str, route: str, *args: Any, **kwargs: Any) -> Any:
+        found = await self._json(method, route, *args, **kwargs)
+        if key not in found:
+            raise UpstreamRefused(route, 200, f"the answer has no {key!r}: is this a vLLM server?")
+        return found[key]
 
     async def _json(
         self, method: str, route: str, body: dict[str, Any] | None = None, params: dict[str, str] | None = None

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -32,6 +31,7 @@ from adaptd.log import logger
 from adaptd.sidecar.client import UpstreamRefused, VllmClient
 from adaptd.sidecar.presence import Presence
 from adaptd.sidecar.probes import Outcome, Probe, Prober, compare
+from adaptd.sidecar.target import TargetGuard
 from adaptd.sidecar.update import Update
 from checkpoints.errors import CheckpointError
 
@@ -40,15 +40,8 @@ _log = logger(__name__)
 #: Attempts to resume a paused server, and seconds between them: a server left paused is the outage adaptd must not be.
 _RESUMES, _RESUME_WAIT_S = 5, 0.5
 
-#: Longest hashing of the target's weights, in seconds, that is done while the server is paused; a longer one is done
-#: right after, so that requests do not wait for it.
-_CHECK_PAUSED_S = 1.0
-
 #: Label of the weights in the server: version and content.
 _LABEL = re.compile(r"adaptd-v(\d+)-\w+")
-
-#: Digest of a tensor without elements.
-_EMPTY = hashlib.sha256().hexdigest()
 
 #: Seconds between two looks at the server, and between two looks at one that keeps failing.
 LOOK_S, _LONGEST_WAIT_S = 2.0, 60.0
@@ -80,12 +73,9 @@ class Publisher:
         self._client, self._write, self._folder, self._prober = client, write, folder, prober
         self._rng = np.random.default_rng(seed)
         self._lock = asyncio.Lock()
-        self._serving: Update | None = None
+        self._serving: int | None = None
         self._presence = Presence(client)
-        self._baseline_of: float | None = None
-        self._baseline: dict[str, str] | None = None
-        self._check_seconds = 0.0
-        self._halted = ""
+        self._target = TargetGuard(client)
         #: Contents that broke their promise, with the reason: trying again would cost the traffic the same again.
         self._broken: dict[str, str] = {}
         self._last_error = ""
@@ -101,8 +91,8 @@ class Publisher:
 
     @property
     def version(self) -> int | None:
-        """The version that the server drafts with; None before the first publication."""
-        return None if self._serving is None else self._serving.version
+        """The version that the server drafts with, or will again at the next look; None before the first publication."""
+        return self._serving
 
     async def publish(self, version: int) -> None:
         """Bring a version into the server; returns once it serves and does what the gate promised.
@@ -120,8 +110,8 @@ class Publisher:
                 raise
 
     async def _publish(self, version: int) -> None:
-        if self._halted:
-            raise PublishFailed("target_changed", self._halted)
+        if self._target.broken:
+            raise PublishFailed("target_changed", self._target.broken)
         started = time.perf_counter()
         update = await self._written(version)
         if update.content in self._broken:
@@ -133,9 +123,9 @@ class Publisher:
             await self._swap(update)
             await self._keep_promise(update, prompts, before, holds)
         except (PublishFailed, UpstreamUnavailable):
-            await self._restore(update)
+            await self._restore(version, holds or 0)
             raise
-        self._serving = update
+        self._serving = version
         self._last_error = ""
         self.counts["published"] += 1
         _log.info(
@@ -193,10 +183,10 @@ class Publisher:
         label = f"adaptd-v{update.version}-{update.content}"  # as _LABEL reads it
         try:
             await self._client.init_transfer(folder)
-            await self._take_baseline()
+            await self._target.know()
             await self._update(str(Path(folder) / update.file.path.name), update, label)
-            if self._check_seconds > _CHECK_PAUSED_S:
-                await self._check_target()
+            if not self._target.quick:
+                await self._target.check()
             await self._presence.arrived(label)
         except UpstreamRefused as error:
             raise PublishFailed("unsupported", _remedy(error)) from error
@@ -213,8 +203,8 @@ class Publisher:
             except UpstreamRefused as error:
                 raise PublishFailed("refused", f"version {update.version}: {error.text}") from error
             await self._client.finish_update(label)
-            if self._check_seconds <= _CHECK_PAUSED_S:
-                await self._check_target()
+            if self._target.quick:
+                await self._target.check()
         finally:
             # Shielded: a daemon that is being stopped must not leave the server paused.
             await asyncio.shield(self._resume(marker))
@@ -230,26 +220,6 @@ class Publisher:
                 raise
             await self._client.finish_update()
             await self._client.start_draft_update()
-
-    async def _take_baseline(self) -> None:
-        """The target's checksums, once a server start: the target never changes."""
-        started_at = (await self._client.metrics()).started_at
-        if self._baseline is not None and started_at is not None and started_at == self._baseline_of:
-            return
-        began = time.perf_counter()
-        self._baseline = await self._client.target_checksums()
-        self._check_seconds = time.perf_counter() - began
-        self._baseline_of = started_at
-
-    async def _check_target(self) -> None:
-        found, before = await self._client.target_checksums(), self._baseline or {}
-        changed = sorted(name for name in found.keys() | before.keys() if found.get(name) != before.get(name))
-        if changed:
-            self._halted = (
-                f"{len(changed)} of the target's tensors are not what they were before the update, first {changed[0]}: "
-                "outputs may differ from the target's; restart the server, then adaptd, and report this"
-            )
-            raise PublishFailed("target_changed", self._halted)
 
     async def _resume(self, marker: Path) -> None:
         """Resume, again and again if need be.
@@ -282,15 +252,19 @@ class Publisher:
             await self._resume(marker)
         return True
 
-    async def _restore(self, failed: Update) -> None:
-        """Bring back what served before `failed`, and day 0 if that cannot be; what fails here is only logged."""
-        if self._halted:
+    async def _restore(self, failed: int, held: int) -> None:
+        """Bring back what served before `failed`, or day 0 if that cannot be read or loaded.
+
+        What fails here is logged, and `look` goes on trying. `held`: what the server held by its own label.
+        """
+        if self._target.broken:
             return
-        previous = 0 if self._serving is None else self._serving.version
+        previous = held if self._serving is None else self._serving
+        # Until a version has arrived the server's label proves nothing: the update may have come to its end unlabelled.
+        self._serving, self._presence.label = previous, ""
         for version in dict.fromkeys((previous, 0)):
             try:
-                update = await self._written(version)
-                await self._swap(update)
+                await self._swap(await self._written(version))
             except (PublishFailed, UpstreamUnavailable) as error:
                 _log.warning(
                     events.DRAFT_RESTORE_FAILED,
@@ -299,18 +273,16 @@ class Publisher:
                     reason=_slug(error),
                     error=str(error),
                 )
-                if isinstance(error, UpstreamUnavailable) or self._halted:
+                if isinstance(error, UpstreamUnavailable) or self._target.broken:
                     return
                 continue
-            self._serving = update
-            self.counts["restored"] += 1
-            _log.info(
-                events.DRAFT_RESTORED,
-                upstream=self._client.url,
-                version=version,
-                reason=f"version {failed.version} did not stay",
-            )
+            self._serving = version
+            self._restored(version, f"version {failed} did not stay")
             return
+
+    def _restored(self, version: int, reason: str) -> None:
+        self.counts["restored"] += 1
+        _log.info(events.DRAFT_RESTORED, upstream=self._client.url, version=version, reason=reason)
 
     async def look(self) -> bool:
         """One look at the server; brings the version back if it was lost, and returns whether it had to.
@@ -319,7 +291,7 @@ class Publisher:
           PublishFailed, UpstreamUnavailable: as `publish`.
         """
         async with self._lock:
-            if self._serving is None or self._halted:
+            if self._serving is None or self._target.broken:
                 return False
             try:
                 reason = await self._presence.loss()
@@ -328,11 +300,10 @@ class Publisher:
             if not reason:
                 return False
             self.counts["lost"] += 1
-            version = self._serving.version
+            version = self._serving
             _log.warning(events.DRAFT_LOST, upstream=self._client.url, version=version, reason=reason)
             await self._swap(await self._written(version))
-            self.counts["restored"] += 1
-            _log.info(events.DRAFT_RESTORED, upstream=self._client.url, version=version, reason=reason)
+            self._restored(version, reason)
             return True
 
     async def run(self, interval_s: float = LOOK_S) -> None:
@@ -362,13 +333,6 @@ class Publisher:
                 await self._lock.acquire()
         await self._client.close()
 
-    def _coverage(self) -> str | None:
-        """How much of the target the checksums see: vLLM's CPU build repacks linear layers and leaves them empty."""
-        if self._baseline is None:
-            return None
-        seen = sum(digest != _EMPTY for digest in self._baseline.values())
-        return f"{seen} of {len(self._baseline)}"
-
     def status(self) -> dict[str, Any]:
         """Plain JSON values for `adaptd status`."""
         outcome = self.last_outcome
@@ -376,9 +340,9 @@ class Publisher:
             "upstream": self._client.url,
             "version": self.version,
             "label": self._presence.label or None,
-            "halted": self._halted or None,
+            "halted": self._target.broken or None,
             "last_error": self._last_error or None,
-            "target_tensors_checked": self._coverage(),
+            "target_tensors_checked": self._target.coverage,
             "last_probe": None if outcome is None else outcome.reason,
             **self.counts,
         }

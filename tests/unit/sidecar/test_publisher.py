@@ -286,6 +286,47 @@ def test_acceptance_that_dies_between_two_looks_brings_the_version_back(setting:
     run(work)
 
 
+def test_an_update_that_ended_unseen_is_undone_when_the_server_answers_again(setting: Setting) -> None:
+    """The draft is new, the label is old, and the way back was cut: only the publisher knows."""
+    server, publisher = setting.server, setting.publisher
+
+    async def work() -> None:
+        await publisher.publish(1)
+        server.fail("/finish_weight_update", DOWN)
+        original = setting.client.init_transfer
+        calls = 0
+
+        async def cut(folder: str) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise UpstreamUnavailable("cut off")
+            await original(folder)
+
+        setting.client.init_transfer = cut  # type: ignore[method-assign]
+        with pytest.raises(UpstreamUnavailable):
+            await publisher.publish(4)
+        assert (server.draft, server.label, publisher.version) == (4, "adaptd-v1-c1", 1)
+        assert await publisher.look() is True
+
+    run(work)
+    assert (server.draft, server.label, server.paused) == (1, "adaptd-v1-c1", False)
+
+
+def test_a_daemon_that_starts_anew_goes_back_to_what_the_server_held(setting: Setting) -> None:
+    setting.server.draft, setting.server.label = 5, "adaptd-v5-c5"
+    setting.server.fail("/update_weights", error("broken"))
+    with pytest.raises(PublishFailed):
+        run(lambda: setting.publisher.publish(6))
+    assert (setting.server.draft, setting.server.label, setting.publisher.version) == (5, "adaptd-v5-c5", 5)
+
+
+def test_a_server_that_is_no_vllm_is_said_to_be_none(setting: Setting) -> None:
+    setting.server.fail("/weight_info", httpx.Response(200, json={"hello": 1}))
+    with pytest.raises(PublishFailed, match="is this a vLLM server"):
+        run(lambda: setting.publisher.publish(1))
+
+
 def test_a_server_that_is_away_is_reported_and_gets_its_version_when_it_is_back(setting: Setting) -> None:
     async def work() -> None:
         await setting.publisher.publish(1)
