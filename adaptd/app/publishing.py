@@ -19,6 +19,8 @@ from adaptd.sidecar.probes import Prober
 from adaptd.sidecar.publisher import Publisher
 from adaptd.sidecar.update import Update
 from adaptd.sidecar.writer import UpdateWriter
+from buffers.errors import TableUnavailable
+from buffers.table import ReplayTable
 from checkpoints.errors import CheckpointError
 from checkpoints.store import CheckpointStore
 
@@ -35,12 +37,12 @@ def build_publisher(
     server_folder: str | None = None,
     allow_remote: bool = False,
 ) -> Publisher:
-    """The publisher of one server; Ray must be up.
+    """The publisher of one server. Ray must be up when it first publishes.
 
     Args:
       url: of the server.
       headers: such as an Authorization of the server's API key.
-      prompts: probe prompts as token ids, of the traffic that the gate judged on; None: nothing is probed.
+      prompts: probe prompts as token ids, see `reserved_prompts`; None: nothing is probed.
       server_folder: folder of the update files as the server sees it, where that is not as it is seen here.
       allow_remote: publish to a server that other machines can reach, whose development routes have no key.
 
@@ -56,6 +58,22 @@ def build_publisher(
     folder = config.home / "updates"
     prober = None if prompts is None else Prober(client, prompts)
     return Publisher(client, remote_writer(config, folder), folder=server_folder, prober=prober, seed=config.seed)
+
+
+def reserved_prompts(table: ReplayTable, n: int = 16) -> Callable[[], list[list[int]]]:
+    """Gives the prompts of the newest `n` reserved traces: the traffic on which the gate judges, never trained on.
+
+    Without the buffer there are none, and a version is published unprobed.
+    """
+
+    def prompts() -> list[list[int]]:
+        try:
+            samples = table.all("reserved", n)
+        except TableUnavailable:
+            return []
+        return [sample.trace.tokens[: sample.trace.prompt_len].tolist() for sample in samples]
+
+    return prompts
 
 
 class WriterActor:

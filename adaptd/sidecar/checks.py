@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -51,7 +51,7 @@ class Expected:
     allow_remote: bool = False
     #: Token ids of a text, and of messages through the chat template, by the target's tokenizer as it is here.
     tokenize: Callable[[str], list[int]] | None = None
-    render: Callable[[list[dict[str, str]]], list[int]] | None = field(default=None)
+    render: Callable[[list[dict[str, str]]], list[int]] | None = None
 
 
 def run_checks(url: str, expected: Expected, headers: Mapping[str, str] | None = None) -> list[Finding]:

@@ -35,7 +35,7 @@ class Prober:
     """Sends the probe prompts to one server.
 
     Args:
-      prompts: gives the prompts as token ids; called before each swap, so that they follow the traffic.
+      prompts: gives the prompts as token ids; called before each swap, in a thread, so that they follow the traffic.
       max_tokens: of each answer.
       concurrency: probes in flight: they share the server with live traffic.
     """

@@ -116,7 +116,7 @@ class Publisher:
         update = await self._written(version)
         if update.content in self._broken:
             raise PublishFailed("acceptance", f"{self._broken[update.content]}; it is not tried again")
-        prompts = self._prober.prompts() if self._prober else []
+        prompts = await asyncio.to_thread(self._prober.prompts) if self._prober else []
         holds = await self._holds()
         before = await self._measured(prompts)
         try:

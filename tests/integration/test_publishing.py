@@ -5,15 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
 from safetensors.torch import load_file
 
 from adaptd.actors.parts import load_draft
-from adaptd.app.publishing import build_publisher, remote_writer
+from adaptd.app.publishing import build_publisher, remote_writer, reserved_prompts
 from adaptd.config import Config, load
 from adaptd.errors import ConfigError, PublishFailed
+from buffers.errors import TableUnavailable
+from buffers.open import open_table
+from buffers.synthetic import synthetic_trace
 from checkpoints.store import CheckpointStore
 
 pytestmark = pytest.mark.ray
@@ -68,3 +72,20 @@ def test_a_server_that_others_reach_is_refused_unless_that_is_allowed(config: Co
     with pytest.raises(ConfigError, match="have no key"):
         build_publisher(config, "http://10.0.0.7:8000")
     assert build_publisher(config, "http://10.0.0.7:8000", allow_remote=True).version is None
+
+
+def test_probe_prompts_are_those_of_the_newest_reserved_traces() -> None:
+    table = open_table("memory://", "d", max_bytes=2**24, reserved_max_bytes=2**24, ttl_s=None, anchors=8)
+    rng = np.random.default_rng(0)
+    traces = [synthetic_trace(rng, reserved=n % 2 == 0) for n in range(40)]
+    table.insert(traces, [1.0] * len(traces))
+    prompts = reserved_prompts(table, 4)()
+    assert prompts == [t.tokens[: t.prompt_len].tolist() for t in traces[32::2]]
+
+
+def test_without_a_buffer_nothing_is_probed() -> None:
+    class Gone:
+        def all(self, stratum: str, n: int) -> Any:
+            raise TableUnavailable("down")
+
+    assert reserved_prompts(Gone())() == []  # type: ignore[arg-type]
