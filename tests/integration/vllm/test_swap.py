@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adaptd.app.doctor_vllm import vllm_checks
 from adaptd.config import Config
 from adaptd.errors import PublishFailed
 from adaptd.models.chat import render_chat
@@ -279,16 +280,9 @@ def test_a_server_that_restarts_gets_its_version_back(server: VllmServer, draft:
 
 
 def test_doctor_finds_nothing_wrong_with_a_server_started_as_documented(
-    server: VllmServer, swap_settings: Config, pocket_tokenizer: Any
+    server: VllmServer, swap_settings: Config
 ) -> None:
-    expected = Expected(
-        k=K,
-        top_logprobs=32,
-        scope=ScopeConfig(**swap_settings.adapt.model_dump(), seed=swap_settings.seed).to_dict(),
-        tokenize=pocket_tokenizer.encode,
-        render=lambda messages: render_chat(pocket_tokenizer, messages),
-    )
-    found = run_checks(server.url, expected)
+    found = list(vllm_checks(swap_settings, server.url, top_logprobs=32))
     assert [f for f in found if f.state != "ok"] == []
     names = {f.name for f in found}
     assert names >= {"vocabulary", "chat template", "plugin", "tied head", "per-request metrics", "prefix cache"}
