@@ -81,6 +81,20 @@ class VllmServer:
         self._process.wait(30)
         self._process = None
 
+    def resident_bytes(self) -> int:
+        """Memory of all its processes, as the kernel counts it."""
+        assert self._process is not None
+        pages = 0
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                # The group is the third field behind the name, which may hold spaces.
+                group = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[2])
+                if group == self._process.pid:
+                    pages += int((folder / "statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
     def log(self) -> str:
         """What it has written."""
         return self._log.read_text(errors="replace")

@@ -242,7 +242,7 @@ def test_the_target_itself_cannot_be_updated(server: VllmServer, draft: Draft, r
 
 
 def test_swaps_under_load_change_no_text(server: VllmServer, draft: Draft, run: Run) -> None:
-    """Concurrency 16, temperature 0, a swap whenever the one before is through."""
+    """Concurrency 16, temperature 0, a dozen swaps, each soon after the one before."""
     setting = Setting(server, draft)
     load = setting.prompts * 3
 
@@ -251,12 +251,40 @@ def test_swaps_under_load_change_no_text(server: VllmServer, draft: Draft, run: 
         expected = tokens(await complete(server.url, load, concurrency=16))
         swapping = asyncio.create_task(complete(server.url, load, concurrency=16))
         version, swaps = 1, 0
-        while not swapping.done():
+        while not swapping.done() and swaps < 12:
+            await asyncio.sleep(0.1)
             await setting.publisher.publish(version)
             version, swaps = (2 if version == 1 else 1), swaps + 1
         assert tokens(await swapping) == expected
         print(f"{swaps} swaps under load, longest pause {setting.publisher.counts['max_pause_s']:.3f} s")
         assert swaps >= 3
+
+    run(work)
+
+
+def test_many_swaps_leave_the_servers_memory_where_it_was(server: VllmServer, draft: Draft, run: Run) -> None:
+    """A daemon that publishes every few minutes would otherwise fill the machine within days."""
+    setting = Setting(server, draft)
+
+    async def work() -> None:
+        updates = {}
+        for version in (1, 2):
+            updates[version] = await setting.write(version)
+
+        async def swap(times: int) -> int:
+            for n in range(times):
+                await setting.publisher.publish(1 + n % 2)
+            return server.resident_bytes()
+
+        async def written(version: int) -> Update:
+            return updates[version]
+
+        setting.publisher = Publisher(setting.client, written)
+        first = await swap(10)
+        second = await swap(30)
+        size = updates[1].file.bytes
+        print(f"40 swaps of {size / 2**20:.1f} MiB: {(second - first) / 2**20:+.1f} MiB over the last 30")
+        assert second - first < 10 * size, "a third of what a copy kept at every swap would be"
 
     run(work)
 
