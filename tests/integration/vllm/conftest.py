@@ -101,14 +101,14 @@ def server(
 
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
-    """Token ids of 96 math questions: the traffic that the draft is adapted to."""
+    """Token ids of 80 math questions: the traffic that the draft is adapted to."""
     from adaptd.models import load as models
     from adaptd.models.chat import render_chat
     from adaptd.pocket.shipped import pocket_prompts
 
     tokenizer = models.load_tokenizer(models.resolve("pocket", "target"))
     rendered = [render_chat(tokenizer, [{"role": "user", "content": p}]) for p in pocket_prompts("math")]
-    return [ids for ids in rendered if len(ids) + MAX_TOKENS < 200][:96]
+    return [ids for ids in rendered if len(ids) + MAX_TOKENS < 200][:80]
 
 
 @pytest.fixture(scope="session")

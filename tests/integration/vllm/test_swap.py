@@ -244,7 +244,7 @@ def test_the_target_itself_cannot_be_updated(server: VllmServer, draft: Draft, r
 def test_swaps_under_load_change_no_text(server: VllmServer, draft: Draft, run: Run) -> None:
     """Concurrency 16, temperature 0, a dozen swaps, each soon after the one before."""
     setting = Setting(server, draft)
-    load = setting.prompts * 3
+    load = setting.prompts * 4
 
     async def work() -> None:
         await setting.publisher.publish(0)
