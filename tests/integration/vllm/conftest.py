@@ -94,9 +94,11 @@ def server(
 
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     running = VllmServer(vllm_home, plugin, resolve("pocket", "target"), prepared, log, log.with_name("fault"))
-    running.start()
-    yield running
-    running.stop()
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -17,6 +18,11 @@ from tests.integration.vllm.helpers import K
 
 #: A busy machine takes minutes to import vLLM.
 _START_S = 900.0
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end the server when the tests are killed: a fixture's end does not come then."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 class VllmServer:
@@ -57,6 +63,7 @@ class VllmServer:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
