@@ -20,6 +20,10 @@ CANDIDATE_REJECTED = "candidate.rejected"  # reason, gain, low, high
 DRAFT_SWAPPED = "draft.swapped"  # decoder, version, pause_s, bytes
 DRAFT_SWAP_REFUSED = "draft.swap_refused"  # decoder, version, reason, error
 DRAFT_ROLLED_BACK = "draft.rolled_back"  # version, reason
+DRAFT_INSTALLED = "draft.installed"  # upstream, version, pause_s, seconds, bytes
+DRAFT_LOST = "draft.lost"  # upstream, version, reason
+DRAFT_RESTORED = "draft.restored"  # upstream, version, reason
+DRAFT_RESTORE_FAILED = "draft.restore_failed"  # upstream, version, reason, error
 BUFFER_UNAVAILABLE = "buffer.unavailable"  # error
 
 CATALOGUE = frozenset(value for name, value in list(globals().items()) if name.isupper() and isinstance(value, str))

@@ -1,0 +1,1 @@
+"""Beside an unmodified vLLM server: watch its traffic, bring new draft weights in."""
