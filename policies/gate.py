@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -232,6 +232,29 @@ def judge(
     if silent:
         reason += f"; too few traces to veto: {silent}"
     return Verdict(promote, reason, gain, by_domain, n, losers=tuple(dict.fromkeys([*losing, *sunk])))
+
+
+def better_on_floor(
+    opened: Sequence[Score], floor: Sequence[Score], kept: Collection[str], *, min_traces: int
+) -> frozenset[str]:
+    """Domains that the floor serves at least as well as the candidate, for a draft that can leave a domain to the floor.
+
+    Args:
+      opened, floor: [N] scores of candidate and floor on the same traces.
+      kept: domains that the floor serves now; one with fewer than `min_traces` traces stays as it is.
+    """
+    _require_pairs(opened, floor)
+    lost: defaultdict[str, list[float]] = defaultdict(list)
+    for o, f in zip(opened, floor, strict=True):
+        # The same tokens in more rounds: a shorter acceptance.
+        lost[o.domain].append(o.rounds - f.rounds)
+    found = {d for d, rounds in lost.items() if (sum(rounds) >= 0 if len(rounds) >= min_traces else d in kept)}
+    return frozenset(found | (set(kept) - lost.keys()))
+
+
+def served(opened: Sequence[Score], floor: Sequence[Score], kept: Collection[str]) -> list[Score]:
+    """Scores of a draft that leaves the domains `kept` to the floor."""
+    return [f if f.domain in kept else o for o, f in zip(opened, floor, strict=True)]
 
 
 def _sunk(

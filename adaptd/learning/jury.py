@@ -18,7 +18,7 @@ from adaptd.config import GateConfig
 from adaptd.learning.evaluate import profiles
 from adaptd.learning.learner import DraftLearner
 from buffers.table import ReplaySample, ReplayTable
-from policies.gate import GAIN_STRATUM, Score, Verdict, judge
+from policies.gate import GAIN_STRATUM, Score, Verdict, better_on_floor, judge, served
 
 #: Reserved traces that a decision looks through, and guards that it reads, in multiples of `gate.max_traces`.
 _READ, _GUARDS = 8, 2
@@ -79,10 +79,12 @@ class Jury:
         opened = self._scored(samples, candidate)
         floor = self._once_scored(samples, {}, self._floor_scores)
         known = self._once_scored(samples, self.incumbent, self._incumbent_scores) if self.incumbent else floor
-        on_base = self._better_on_base(opened, floor)
+        on_base: frozenset[str] = frozenset()
+        if self._learner.draft.gates_requests:
+            on_base = better_on_floor(opened, floor, self.on_base, min_traces=gate.min_traces)
         verdict = judge(
-            _served(opened, floor, on_base),
-            _served(known, floor, self.on_base),
+            served(opened, floor, on_base),
+            served(known, floor, self.on_base),
             min_gain=gate.min_gain,
             max_regression=gate.max_regression,
             min_traces=gate.min_traces,
@@ -114,19 +116,6 @@ class Jury:
         guards = [s for domain, found in by_domain.items() if domain not in now for s in found[:each]]
         return [(GAIN_STRATUM, s) for s in deciding] + [("guard", s) for s in guards]
 
-    def _better_on_base(self, opened: Sequence[Score], floor: Sequence[Score]) -> frozenset[str]:
-        """Domains that day 0 serves at least as well as the candidate; one with too few traces stays as it is."""
-        if not self._learner.draft.gates_requests:
-            return frozenset()
-        domains = {score.domain for score in opened}
-        found = set(self.on_base - domains)
-        for domain in domains:
-            # The same tokens in more rounds: a shorter acceptance.
-            lost = [o.rounds - f.rounds for o, f in zip(opened, floor, strict=True) if o.domain == domain]
-            if sum(lost) >= 0 if len(lost) >= self._gate.min_traces else domain in self.on_base:
-                found.add(domain)
-        return frozenset(found)
-
     def _scored(self, samples: Sequence[Sample], tensors: Mapping[str, Tensor]) -> list[Score]:
         draft = self._learner.draft
         learning = draft.state()
@@ -151,8 +140,3 @@ class Jury:
             for (_, sample), score in zip(missing, self._scored(missing, tensors), strict=True):
                 known[sample.info.key] = score
         return [dataclasses.replace(known[s.info.key], stratum=stratum) for stratum, s in samples]
-
-
-def _served(opened: Sequence[Score], floor: Sequence[Score], on_base: frozenset[str]) -> list[Score]:
-    """Scores of a draft that leaves some domains to day 0."""
-    return [f if f.domain in on_base else o for o, f in zip(opened, floor, strict=True)]

@@ -17,7 +17,7 @@ from adaptd.models.scope import AdaptedDraft, ScopeConfig
 from buffers.memory_table import MemoryTable
 from buffers.table import TableLimits
 from buffers.trace import Trace
-from policies.gate import GAIN_STRATUM, Score
+from policies.gate import GAIN_STRATUM
 from tests.unit.learning.conftest import tiny
 
 GATE = GateConfig(min_traces=4, max_traces=16, resamples=200)
@@ -52,22 +52,14 @@ def test_the_domains_asked_now_decide_and_every_other_one_guards_with_reserved_t
     assert sum(stratum == "guard" for stratum, _ in found) == GATE.max_traces // 2
 
 
-def scores(domain: str, n: int, rounds: float) -> list[Score]:
-    return [Score(domain, "guard", emitted=10.0, rounds=rounds) for _ in range(n)]
-
-
-def test_a_domain_stays_on_the_base_draft_where_that_needs_no_more_rounds() -> None:
-    one = jury(MemoryTable("test", LIMITS))
-    floor = [*scores("medical", 5, 4.0), *scores("math", 5, 8.0), *scores("rare", 2, 4.0)]
-    opened = [*scores("medical", 5, 4.1), *scores("math", 5, 5.0), *scores("rare", 2, 5.0)]
-    assert one._better_on_base(opened, floor) == {"medical"}, "two traces of a rare domain decide nothing"
-    one.stand_at({}, ["rare", "math", "absent"])
-    assert one._better_on_base(opened, floor) == {"medical", "rare", "absent"}, "math is better served by the candidate"
-
-
-def test_a_draft_that_cannot_gate_requests_keeps_no_domain_on_the_base() -> None:
-    one = jury(MemoryTable("test", LIMITS), request_gate=False)
-    assert one._better_on_base(scores("medical", 5, 5.0), scores("medical", 5, 4.0)) == frozenset()
+def test_a_draft_that_cannot_gate_requests_keeps_no_domain_on_the_base(answers) -> None:
+    table = MemoryTable("test", LIMITS)
+    insert(table, answers[:12], "medical")
+    one = jury(table, request_gate=False)
+    ruinous = {n: t + 0.5 * torch.randn(t.shape) for n, t in one._learner.draft.state().items()}
+    ruling = one.judge(ruinous)
+    assert ruling.on_base == frozenset()
+    assert ruling.verdict.by_domain["medical"].mean < 0
 
 
 def test_what_is_kept_on_the_base_is_judged_and_served_as_the_base(answers) -> None:
