@@ -91,7 +91,7 @@ class Jury:
             rng=self._rng,
             resamples=gate.resamples,
             level=gate.level,
-            floor=floor if self.incumbent else None,
+            floor=floor,
             exchange=gate.exchange,
         )
         return Ruling(verdict, on_base, samples, opened)
