@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 
-from adaptd.report.tables import gain, number, percent
+from adaptd.report.tables import gain, number, on_base, percent
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -122,6 +122,8 @@ def verdict_table(learner: dict[str, Any] | None) -> Table:
     for tick in reversed((learner or {}).get("history", [])[-5:]):
         verdict = tick["verdict"] or {}
         outcome = f"version {tick['published']}" if tick["published"] else verdict.get("reason", "no verdict")
+        if kept := on_base(verdict):
+            outcome += f"; on the base draft: {kept}"
         when = time.strftime("%H:%M:%S", time.localtime(tick["at"]))
         table.add_row(when, tick["reason"], number(tick["loss"], 3), gain(verdict), outcome)
     return table

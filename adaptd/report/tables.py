@@ -41,6 +41,11 @@ def gain(verdict: dict[str, Any] | None) -> str:
     return "-" if found.get("mean") is None else f"{signed('mean')} [{signed('low')}, {signed('high')}]"
 
 
+def on_base(verdict: dict[str, Any] | None) -> str:
+    """Domains that the day-0 draft serves beside this version, listed; empty for none."""
+    return ", ".join(domain or "unlabelled" for domain in (verdict or {}).get("on_base", ()))
+
+
 def evaluation_table(found: dict[str, Any]) -> Table:
     """`adaptd eval`: a row per domain, and all of them."""
     table = Table(title=f"draft version {found['draft_version']}, k = {found['k']}, temperature {found['temperature']}")
@@ -95,6 +100,7 @@ def version_table(m: Manifest) -> Table:
         "tensors": f"{len(m.tensors)}, {sum(_size(t.shape) for t in m.tensors):,} values",
         "gate": gain(dict(m.gate or {})),
         "verdict": (m.gate or {}).get("reason", "-"),
+        "on base": on_base(dict(m.gate or {})) or "-",
         "window": m.window,
         "note": m.note or "-",
     }

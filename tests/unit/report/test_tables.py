@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from adaptd.report.tables import gain
+from adaptd.report.tables import gain, on_base
 from policies.gate import Score, judge
 
 
@@ -23,3 +23,8 @@ def test_a_verdict_on_too_few_traces_has_unknown_bounds(reserved: int, cell: str
 
 def test_no_verdict_is_a_dash() -> None:
     assert gain(None) == "-"
+
+
+def test_domains_on_the_base_draft_are_listed_and_a_missing_label_has_a_name() -> None:
+    assert on_base({"on_base": ["", "medical"]}) == "unlabelled, medical"
+    assert on_base({}) == on_base(None) == ""
