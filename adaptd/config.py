@@ -7,15 +7,15 @@ An unknown key is an error that names the nearest one. Nothing writes into a con
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from adaptd.errors import ConfigError
+from adaptd.values import put, read_mapping, value_of
 
 
 class _Section(BaseModel):
@@ -82,8 +82,12 @@ class LearnConfig(_Section):
 
     enabled: bool = True
     """False serves and captures with the current draft and never learns."""
-    objective: Literal["forward_kl", "reverse_kl", "jsd", "tv", "kl_tv", "cross_entropy", "entropy_adaptive"] = "kl_tv"
-    """Divergence between target and draft, minimised at every captured position."""
+    objective: Literal[
+        "forward_kl", "reverse_kl", "jsd", "tv", "kl_tv", "cross_entropy", "entropy_adaptive", "acceptance_length"
+    ] = "kl_tv"
+    """Divergence between target and draft, minimised at every captured position, or minus the acceptance length there."""
+    rejection_weight: float = Field(1.0, gt=0)
+    """Weight of corrections in the loss, against 1 for every other position."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """`muon`: Muon on the matrices of private expert and LoRA, AdamW on everything else; `adamw`: AdamW on all."""
     lr: float = Field(3e-3, gt=0)
@@ -114,8 +118,8 @@ class LearnConfig(_Section):
     """Share of anchor traces to one share of fresh ones."""
     mix_after: int = Field(4, ge=0)
     """Steps on fresh traces alone after a drift event or a start, before the mixture."""
-    priority: Literal["surprise", "agreement", "uniform"] = "surprise"
-    """What makes a trace worth replaying."""
+    priority: Literal["surprise", "agreement", "uniform", "loss", "entropy", "overlap"] = "surprise"
+    """What a learned-from trace is replayed by: low or high (`agreement`) SurpriseRatio; mean loss, entropy, 1 - overlap."""
     priority_exponent: float = Field(0.7, ge=0)
     """0: uniform; 1: proportional to priority."""
     importance_exponent: float = Field(0.0, ge=0, le=1)
@@ -298,6 +302,15 @@ class Config(BaseSettings):
     ray: RayConfig = RayConfig()
     log: LogConfig = LogConfig()
 
+    @model_validator(mode="after")
+    def _has_blocks(self) -> Config:
+        if self.learn.objective == "acceptance_length" and self.capture.positions != "all":
+            raise ValueError(
+                f"learn.objective: acceptance_length needs every position of a block, and capture.positions is "
+                f"{self.capture.positions!r}: set it to 'all', or take another objective, e.g. 'tv'"
+            )
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -329,17 +342,26 @@ def load(path: Path | None = None, sets: Sequence[str] = (), environ: dict[str, 
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read(path)
+        values = read_mapping(path)
     for name, text in (environ or {}).items():
         if name.startswith("ADAPTD_") and "__" in name:
-            _put(values, name.removeprefix("ADAPTD_").lower().split("__"), text, name)
+            put(values, name.removeprefix("ADAPTD_").lower().split("__"), text, name)
         elif name in ("ADAPTD_DEPLOYMENT", "ADAPTD_STATE_DIR", "ADAPTD_SEED"):
-            values[name.removeprefix("ADAPTD_").lower()] = _value(text)
+            values[name.removeprefix("ADAPTD_").lower()] = value_of(text)
     for item in sets:
         key, equals, text = item.partition("=")
         if not equals:
             raise ConfigError(f"--set {item!r} must have the form section.key=value")
-        _put(values, key.strip().split("."), text, f"--set {key.strip()}")
+        put(values, key.strip().split("."), text, f"--set {key.strip()}")
+    return checked(values)
+
+
+def checked(values: Mapping[str, Any]) -> Config:
+    """The configuration of these values, by section.
+
+    Raises:
+      ConfigError: a key or value is refused; the message names key, value, rule.
+    """
     try:
         return Config(**values)
     except ValidationError as error:
@@ -357,40 +379,10 @@ def settings() -> Iterator[tuple[str, str, str]]:
             yield name, str(field.default), field.description or ""
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"configuration file {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"configuration file {path} is not valid YAML: {error}") from error
-    if not isinstance(values or {}, dict):
-        raise ConfigError(f"configuration file {path} must hold a mapping of sections")
-    return dict(values or {})
-
-
-def _value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    # YAML reads 1e-3 as a string; pydantic turns it into a float where one is wanted.
-    return value
-
-
-def _put(values: dict[str, Any], parts: list[str], text: str, origin: str) -> None:
-    node = values
-    for part in parts[:-1]:
-        inner = node.get(part, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{origin}: {part!r} is a value, not a section")
-        node[part] = inner = dict(inner)
-        node = inner
-    node[parts[-1]] = _value(text)
-
-
 def _explain(detail: Any) -> str:
     dotted = ".".join(str(part) for part in detail["loc"])
+    if not dotted:  # a rule between sections names its keys itself
+        return str(detail["msg"])
     if detail["type"] == "extra_forbidden":
         known = [key for key, _, _ in settings()] + list(Config.model_fields)
         near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.0)

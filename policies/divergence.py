@@ -13,6 +13,7 @@ the draft; the target is data.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -171,6 +172,21 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
     return 0.5 * (p.exp() - q.exp()).abs().sum(-1)
 
 
+def overlap(p: Tensor, q: Tensor) -> Tensor:
+    """beta = sum min(p, q), within [0, 1]: the acceptance under rejection sampling (Leviathan et al. 2023, theorem 3.5).
+
+    1 - TV for distributions that sum to 1; on K+1 outcomes an upper bound of acceptance.
+
+    Args:
+      p, q: [N, M] log-probabilities.
+
+    Returns: [N], no unit.
+    Raises: ValueError: shapes differ.
+    """
+    _require_same_shape(p, q)
+    return torch.minimum(p, q).exp().sum(-1)
+
+
 def entropy(p: Tensor) -> Tensor:
     """H(p) = - sum p log p, in nats, within [0, ln M]. With a tail bucket, a lower bound of the full entropy.
 
@@ -261,6 +277,37 @@ def acceptance_length_loss(accept: Tensor) -> Tensor:
     """
     _require_matrix("accept", accept)
     return -accept.cumprod(-1).sum(-1)
+
+
+def acceptance_length(p: Tensor, q: Tensor, lengths: Sequence[int], k: int) -> Tensor:
+    """Minus the expected accepted tokens of a block of k that starts at each position, within [-k, 0].
+
+    Acceptance at a position is its `overlap`, and a block is worth the `acceptance_length_loss` of the k positions from
+    its start on. The gradient of a position is therefore weighted by how likely it is reached from the k blocks that
+    cover it and by what it would unlock: unlike with a KL, positions that follow a sure rejection count for nothing but
+    the blocks that start behind it. A block ends with its sequence: what lies behind is not known and counts as rejected.
+
+    Args:
+      p, q: [N, M] log-probabilities of consecutive positions, sequence after sequence.
+      lengths: positions of each sequence, at least 0; they sum to N.
+      k: tokens proposed a round, at least 1.
+
+    Returns: [N] tokens.
+    Raises: ValueError: shapes differ, lengths do not sum to N, or k below 1.
+    """
+    _require_same_shape(p, q)
+    if k < 1:
+        raise ValueError(f"k ({k}) must be at least 1")
+    if min(lengths, default=0) < 0 or sum(lengths) != len(p):
+        raise ValueError(
+            f"lengths (sum {sum(lengths)}) must be at least 0 and sum to the {len(p)} positions of p: blocks need every "
+            "position of a sequence; capture all of them, or use an objective that looks at each position alone"
+        )
+    sizes = torch.tensor(lengths, dtype=torch.int64, device=p.device)
+    ends = sizes.cumsum(0).repeat_interleave(sizes)
+    covered = torch.arange(len(p), device=p.device)[:, None] + torch.arange(k, device=p.device)
+    accept = overlap(p, q)[covered.clamp(max=max(0, len(p) - 1))]
+    return acceptance_length_loss(accept.masked_fill(covered >= ends[:, None], 0.0))
 
 
 def _relative_entropy(weights: Tensor, other: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -14,14 +14,18 @@ from policies import divergence
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A loss per position. `soft` ones compare distributions [N, K+1]; the others need only logits and token ids."""
+    """A loss per position. `soft` ones compare distributions [N, K+1]; the others need only logits and token ids.
+
+    `blocks` ones are `soft` and look along each sequence, at the positions that one round of k proposals covers.
+    """
 
     name: str
-    #: (p, q, **options) -> [N] if `soft`, else (draft_logits, token_ids) -> [N].
+    #: (p, q, **options) -> [N] if `soft`, with `lengths` and `k` if `blocks`, else (draft_logits, token_ids) -> [N].
     function: Callable[..., Tensor]
     soft: bool
     #: Names of the coefficients that may be set; see the function for their units and defaults.
     options: tuple[str, ...] = ()
+    blocks: bool = False
 
 
 #: Every objective that a configuration may name.
@@ -38,6 +42,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
             Objective(
                 "entropy_adaptive", divergence.entropy_adaptive, soft=True, options=("midpoint", "width", "beta")
             ),
+            Objective("acceptance_length", divergence.acceptance_length, soft=True, blocks=True),
         )
     }
 )
@@ -62,17 +67,23 @@ def compute_objective(
     draft_logits: Tensor | None,
     token_ids: Tensor | None,
     options: Mapping[str, float] | None = None,
+    lengths: Sequence[int] | None = None,
+    k: int | None = None,
 ) -> Tensor:
-    """The named objective at N positions, in nats (`tv` has no unit), differentiable in the draft.
+    """The named objective at N positions, in nats, differentiable in the draft.
+
+    `tv` has no unit; `acceptance_length` is in tokens and at most 0.
 
     Args:
       p, q: [N, K+1] log-probabilities of target and draft with tail; may be None where the objective is not `soft`.
       draft_logits: [N, V]; may be None where it is `soft`.
       token_ids: [N] the target's tokens; may be None where it is `soft`.
       options: coefficients of the objective, e.g. {"tv_weight": 0.5}.
+      lengths: positions of each sequence, in order, summing to N; may be None where the objective is not `blocks`.
+      k: tokens proposed a round; likewise.
 
     Returns: [N].
-    Raises: ValueError: unknown name or option, or an input that this objective needs is None.
+    Raises: ValueError: unknown name or option, an input that this objective needs is None, or lengths that do not fit.
     """
     objective = get_objective(name)
     chosen = dict(options or {})
@@ -83,6 +94,12 @@ def compute_objective(
     if objective.soft:
         if p is None or q is None:
             raise ValueError(f"objective {name!r} needs p and q; without target probabilities use 'cross_entropy'")
+        if objective.blocks:
+            if lengths is None or k is None:
+                raise ValueError(
+                    f"objective {name!r} needs lengths and k: where sequences begin, and how long a block is"
+                )
+            return objective.function(p, q, lengths=lengths, k=k, **chosen)
         return objective.function(p, q, **chosen)
     if draft_logits is None or token_ids is None:
         raise ValueError(f"objective {name!r} needs draft_logits and token_ids")

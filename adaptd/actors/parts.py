@@ -56,7 +56,7 @@ def load_draft(config: Config, device: str, dtype: str, *, serving: bool) -> tup
 
 def draft_learner(config: Config, draft: AdaptedDraft) -> DraftLearner:
     """The optimiser that section `learn` asks for."""
-    return DraftLearner(draft, **config.learn.model_dump(include=set(DraftLearner.OPTIONS)))
+    return DraftLearner(draft, k=config.engine.k, **config.learn.model_dump(include=set(DraftLearner.OPTIONS)))
 
 
 def learner_cycle(

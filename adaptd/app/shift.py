@@ -31,6 +31,7 @@ def run(
     learners: Sequence[str],
     seeds: int,
     scale: float,
+    temperature: float | None,
     settle: int,
     tune: bool,
     jobs: int,
@@ -38,7 +39,11 @@ def run(
 ) -> dict[str, Any]:
     """Run and report; the result in the form of design section 4 (`bench shift`), with every request."""
     wanted = [read_spec(Stream, "streams", name).scaled(scale) for name in streams]
+    if temperature is not None:
+        wanted = [stream.at(temperature) for stream in wanted]
     specs = [read_spec(LearnerSpec, "learners", name) for name in learners]
+    for spec in specs:
+        spec.require(config)
     numbers = [config.seed + i for i in range(seeds)]
     if tune:
         specs = [variant for spec in specs for variant in map(spec.with_rate, spec.rates)]
@@ -47,11 +52,13 @@ def run(
     console = Console()
     for stream in wanted:
         length, kept = sum(p.requests for p in stream.phases), sum(stream.pool().values())
-        console.print(f"{stream.name}: {length} requests, {kept} answers in the pool")
+        console.print(
+            f"{stream.name}: {length} requests at temperature {stream.temperature:g}, {kept} answers in the pool"
+        )
     total = len(wanted) * len(numbers) * sum(len(shift.variants(s)) for s in specs)
     runs = list(track(shift.sweep(config, prompts, wanted, specs, numbers, jobs), "learners", total, console=console))
     if tune:
-        return _rates(runs, console)
+        return {"temperature": {s.name: s.temperature for s in wanted}, "tuning": _rates(runs, console)}
     best = {stream.name: [r for r in shift.best_of(runs) if r.stream == stream.name] for stream in wanted}
     found = {stream.name: shift.summarise(stream, best[stream.name], settle) for stream in wanted}
     report.mkdir(parents=True, exist_ok=True)
@@ -67,7 +74,7 @@ def run(
     return {"streams": found, "runs": [dataclasses.asdict(r) for part in best.values() for r in part]}
 
 
-def _rates(runs: Sequence[shift.Run], console: Console) -> dict[str, Any]:
+def _rates(runs: Sequence[shift.Run], console: Console) -> dict[str, dict[str, float]]:
     """MAL over the whole stream by learner and rate."""
     mals: defaultdict[tuple[str, float], list[float]] = defaultdict(list)
     for r in runs:
@@ -79,4 +86,4 @@ def _rates(runs: Sequence[shift.Run], console: Console) -> dict[str, Any]:
         best = max(by_rate, key=by_rate.__getitem__)
         listed = ", ".join(f"{lr}: {value:.3f}" for lr, value in by_rate.items())
         console.print(f"{name}: best {best} (MAL by rate: {listed})")
-    return {"tuning": found}
+    return found

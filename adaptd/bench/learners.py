@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from adaptd.actors.parts import draft_learner, learner_cycle, load_draft
 from adaptd.bench.verify import rejections_only
-from adaptd.config import Config
+from adaptd.config import Config, checked
 from adaptd.decoding.build import build_recall
+from adaptd.errors import ConfigError
 from buffers.memory_table import MemoryTable
 from buffers.table import NO_KEY, ReplaySample, SampleInfo, TableLimits
 from buffers.trace import Trace, is_reserved
@@ -54,7 +55,7 @@ class LearnerSpec(BaseModel):
     held_out: bool = False
     """Oracle: learn from as many other answers in the stream's place: what is learned is then not what is asked."""
     k_top: int | None = Field(None, ge=1)
-    """Online and oracle: most likely target tokens to learn from; None: all that were captured."""
+    """Most likely target tokens to learn from; None: all that were captured."""
 
     @model_validator(mode="after")
     def _only_an_oracle(self) -> LearnerSpec:
@@ -68,18 +69,38 @@ class LearnerSpec(BaseModel):
         return self.model_copy(update={"settings": {**self.settings, "learn": learn}, "rates": ()})
 
     def configured(self, config: Config) -> Config:
-        """The configuration under this learner's settings."""
+        """The configuration under this learner's settings.
+
+        Raises:
+          ConfigError: a setting is refused; the message names learner, key, value, rule.
+        """
         merged = config.model_dump(exclude_unset=True)
         for section, values in self.settings.items():
             merged[section] = {**merged.get(section, {}), **values}
-        return Config(**merged)
+        try:
+            return checked(merged)
+        except ConfigError as error:
+            raise ConfigError(f"learner {self.name}: {error}") from error
+
+    def require(self, config: Config) -> None:
+        """Check what a run would find only after the answers have been generated.
+
+        Raises:
+          ConfigError: settings are refused, or there are fewer target tokens captured than this learner wants.
+        """
+        self.configured(config)
+        if self.k_top is not None and self.k_top > config.capture.k_top:
+            raise ConfigError(
+                f"learner {self.name}: k_top ({self.k_top}) must be at most the {config.capture.k_top} target tokens that "
+                f"answers are captured with; give --set capture.k_top={self.k_top}"
+            )
 
 
 class Learner:
     """The frozen draft, and what the others add to it."""
 
-    def __init__(self, config: Config, seed: int) -> None:
-        self.config = config
+    def __init__(self, config: Config, seed: int, spec: LearnerSpec) -> None:
+        self.config, self._k_top = config, spec.k_top
         self.rng = np.random.default_rng([seed, 0x1EA2])
         self.draft, _ = load_draft(config, "cpu", "float32", serving=False)
         self.recall = build_recall(config, "cpu")
@@ -106,14 +127,22 @@ class Learner:
 
     def captured(self, trace: Trace) -> int:
         """Bytes kept of a trace."""
-        return trace.nbytes
+        return self.kept(trace).nbytes
+
+    def kept(self, trace: Trace) -> Trace:
+        """What of a trace is captured to learn from."""
+        kept = rejections_only(trace) if self.config.capture.positions == "rejected" else trace
+        if self._k_top is None:
+            return kept
+        top = slice(self._k_top)
+        return dataclasses.replace(kept, topk_ids=kept.topk_ids[:, top], topk_logprobs=kept.topk_logprobs[:, top])
 
 
 class Online(Learner):
     """Learn from each batch of new traces, then forget it."""
 
     def __init__(self, config: Config, seed: int, spec: LearnerSpec) -> None:
-        super().__init__(config, seed)
+        super().__init__(config, seed, spec)
         self._spec = spec
         self._waiting: list[Trace] = []
         self._learner = draft_learner(config, self.draft)
@@ -126,20 +155,9 @@ class Online(Learner):
     def observe(self, traces: Sequence[Trace]) -> None:
         """One update for each `update_every` traces."""
         for trace in traces:
-            self._waiting.append(self._kept(trace))
+            self._waiting.append(self.kept(trace))
             if len(self._waiting) >= self._spec.update_every:
                 self._update()
-
-    def captured(self, trace: Trace) -> int:
-        """Bytes kept of a trace."""
-        return self._kept(trace).nbytes
-
-    def _kept(self, trace: Trace) -> Trace:
-        kept = rejections_only(trace) if self.config.capture.positions == "rejected" else trace
-        if self._spec.k_top is None:
-            return kept
-        top = slice(self._spec.k_top)
-        return dataclasses.replace(kept, topk_ids=kept.topk_ids[:, top], topk_logprobs=kept.topk_logprobs[:, top])
 
     def _update(self) -> None:
         started = time.perf_counter()
@@ -165,7 +183,7 @@ class Oracle(Online):
     def prepare(self, answers: Sequence[Trace]) -> None:
         """`epochs` passes over every answer."""
         started = time.perf_counter()
-        kept = [self._kept(answer) for answer in answers]
+        kept = [self.kept(answer) for answer in answers]
         for _ in range(self._spec.epochs):
             self._pass(kept)
         self.draft.load(self._learner.average())
@@ -178,8 +196,8 @@ class Oracle(Online):
 class Cycle(Learner):
     """adaptd's learner: ticks of `LearnerCycle` as new traces come in; serves what the gate lets through."""
 
-    def __init__(self, config: Config, seed: int) -> None:
-        super().__init__(config, seed)
+    def __init__(self, config: Config, seed: int, spec: LearnerSpec) -> None:
+        super().__init__(config, seed, spec)
         self._folder = tempfile.TemporaryDirectory(prefix="adaptd-bench-")
         home = Path(self._folder.name)
         limits = TableLimits(**config.buffer.model_dump(exclude={"url", "ttl_s"}), ttl_s=None)
@@ -196,7 +214,7 @@ class Cycle(Learner):
     def observe(self, traces: Sequence[Trace]) -> None:
         """Insert, and tick when enough is new."""
         share = self.config.capture.reserved_share
-        kept = [dataclasses.replace(t, reserved=is_reserved(t.request_id, share)) for t in traces]
+        kept = [dataclasses.replace(self.kept(t), reserved=is_reserved(t.request_id, share)) for t in traces]
         self._table.insert(kept, [t.surprise for t in kept])
         if self._cycle.new_traces() < self.config.learn.min_new_traces:
             return
@@ -213,16 +231,8 @@ class Cycle(Learner):
 
 def build(spec: LearnerSpec, config: Config, seed: int) -> Learner:
     """The learner of a specification, at day 0."""
-    settings = spec.configured(config)
-    match spec.kind:
-        case "frozen":
-            return Learner(settings, seed)
-        case "online":
-            return Online(settings, seed, spec)
-        case "oracle":
-            return Oracle(settings, seed, spec)
-        case "cycle":
-            return Cycle(settings, seed)
+    kinds = {"frozen": Learner, "online": Online, "oracle": Oracle, "cycle": Cycle}
+    return kinds[spec.kind](spec.configured(config), seed, spec)
 
 
 def _sample(trace: Trace) -> ReplaySample:

@@ -85,6 +85,16 @@ class Stream(BaseModel):
         phases = tuple(p.model_copy(update={"requests": max(8, round(p.requests * factor))}) for p in self.phases)
         return self.model_copy(update={"phases": phases})
 
+    def at(self, temperature: float) -> Stream:
+        """The same stream, answered at another temperature.
+
+        Raises:
+          ConfigError: below 0.
+        """
+        if not temperature >= 0:
+            raise ConfigError(f"temperature ({temperature}) must be at least 0")
+        return self.model_copy(update={"temperature": temperature})
+
     def pool(self) -> dict[str, int]:
         """Answers to keep a domain: enough for any seed, with some to spare."""
         expected = {

@@ -38,6 +38,9 @@ def shift(
     learner: Annotated[list[str] | None, typer.Option(help="Learner, likewise; frozen and the oracle belong.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds, counted from the configuration's.")] = 3,
     scale: Annotated[float, typer.Option(min=0.01, help="Length of the phases, as a factor.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Of every answer; not given: that of each stream.")
+    ] = None,
     settle: Annotated[int, typer.Option(min=0, help="Requests of a phase left out of the settled recovery.")] = 300,
     quick: Annotated[bool, typer.Option("--quick", help="Short phases, one seed.")] = False,
     tune: Annotated[
@@ -59,6 +62,7 @@ def shift(
         learners=learner or _LEARNERS,
         seeds=1 if quick else seeds,
         scale=_QUICK if quick else scale,
+        temperature=temperature,
         settle=round(_QUICK * settle) if quick else settle,
         tune=tune,
         jobs=jobs,

@@ -32,6 +32,8 @@ class Batch:
     """[M, K] int64, the target's most likely tokens."""
     topk_logprobs: Tensor
     """[M, K] float32 nats, descending, temperature 1."""
+    source: Tensor
+    """[M] int64, how the token at each judged position came to be: codes of `buffers.trace.Source`."""
     target_logprob: Tensor
     """[N] float32 nats of the emitted token under the served target distribution; NaN where unknown."""
     lengths: tuple[int, ...]
@@ -61,7 +63,7 @@ def collate(traces: Sequence[Trace], max_tokens: int, device: torch.device | str
     cuts = [max(0, len(t.tokens) - max_tokens) for t in traces]
     width = max(len(t.tokens) - cut for t, cut in zip(traces, cuts, strict=True))
     ids = np.zeros((len(traces), width), dtype=np.int64)
-    rows, columns, tokens, judged, topk, logprobs, served = [], [], [], [], [], [], []
+    rows, columns, tokens, judged, topk, logprobs, source, served = [], [], [], [], [], [], [], []
     lengths: list[int] = []
     for i, (trace, cut) in enumerate(zip(traces, cuts, strict=True)):
         kept = trace.tokens[cut:]
@@ -76,6 +78,7 @@ def collate(traces: Sequence[Trace], max_tokens: int, device: torch.device | str
         judged.append(trace.judged_at[known] - first + sum(lengths))
         topk.append(trace.topk_ids[known, :depth])
         logprobs.append(trace.topk_logprobs[known, :depth])
+        source.append(trace.source[trace.judged_at[known]])
         served.append(trace.target_logprob[first:])
         lengths.append(len(column))
 
@@ -90,6 +93,7 @@ def collate(traces: Sequence[Trace], max_tokens: int, device: torch.device | str
         judged=tensor(judged, np.int64),
         topk_ids=tensor(topk, np.int64),
         topk_logprobs=tensor(logprobs, np.float32),
+        source=tensor(source, np.int64),
         target_logprob=tensor(served, np.float32),
         lengths=tuple(lengths),
         widths=tuple(len(t.tokens) - cut for t, cut in zip(traces, cuts, strict=True)),

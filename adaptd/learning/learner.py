@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from adaptd.learning.batch import collate, draft_logits
+from adaptd.learning.batch import Batch, collate, draft_logits
 from adaptd.learning.muon import Muon
 from adaptd.models.request_gate import request_gate
 from buffers.table import ReplaySample
-from buffers.trace import Trace
+from buffers.trace import Source, Trace
 from policies.divergence import draft_with_tail, forward_kl, with_tail
-from policies.objectives import compute_objective
+from policies.objectives import compute_objective, get_objective
+from policies.priority import Measure, Priority, is_measure, measured_priorities
 from policies.surprise import Mode, surprise_priority, surprise_ratio
 
 #: Draft probabilities averaged in the SurpriseRatio's denominator.
@@ -59,7 +60,7 @@ class StepReport:
     """What one step did."""
 
     loss: float
-    """Mean divergence of the batch, nats per position; NaN when skipped."""
+    """Mean divergence of the batch, in the objective's unit per position; NaN when skipped."""
     skipped: bool
     """The loss or a gradient was not finite: nothing was changed."""
     tokens: int
@@ -74,18 +75,21 @@ class DraftLearner:
     Args:
       draft: the training instance.
       objective: name in `policies.objectives.OBJECTIVES`.
+      k: tokens that the decoders propose a round; only an objective over blocks needs it.
+      rejection_weight: weight of corrections in the loss, against 1 for every other position.
       optimizer: "muon": Muon on the private expert's matrices, AdamW on everything else; "adamw": AdamW on all.
       lr: peak learning rate; rises linearly over `warmup_steps`.
       weight_decay: decoupled.
       clip: largest gradient norm.
       max_tokens: longest sequence in a batch.
-      priority: mode of the SurpriseRatio; tau: its threshold.
+      priority: what makes a trace worth replaying, after each step; tau: threshold of the SurpriseRatio.
       average_decay: of the moving average that is judged and published; 0 publishes the weights of the last step.
     """
 
     #: Keyword arguments of the constructor, the names of section `learn` of the configuration.
     OPTIONS = (
         "objective",
+        "rejection_weight",
         "optimizer",
         "lr",
         "weight_decay",
@@ -103,17 +107,23 @@ class DraftLearner:
         *,
         objective: str,
         lr: float,
+        k: int | None = None,
+        rejection_weight: float = 1.0,
         optimizer: Literal["muon", "adamw"] = "adamw",
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         clip: float = 1.0,
         max_tokens: int = 384,
-        priority: Mode = "surprise",
+        priority: Priority = "surprise",
         tau: float = 1.0,
         average_decay: float = 0.92,
     ) -> None:
         draft.prove_frozen()
-        self.draft = draft
+        self._blocks = get_objective(objective).blocks
+        if self._blocks and k is None:
+            raise ValueError(f"objective {objective!r} needs k, the tokens that the decoders propose a round")
+        self._measured = is_measure(priority)
+        self.draft, self._k, self._rejection_weight = draft, k, rejection_weight
         self._objective, self._lr, self._warmup, self._clip = objective, lr, warmup_steps, clip
         self._max_tokens, self._priority, self._tau = max_tokens, priority, tau
         self._weight_decay, self._average_decay, self._optimizer = weight_decay, average_decay, optimizer
@@ -161,29 +171,40 @@ class DraftLearner:
         logits = draft_logits(self.draft.model, batch)
         # Where every position was captured there is nothing to pick, and a copy of [N, V] and of its gradient to save.
         judged = logits if len(batch.judged) == len(logits) else logits[batch.judged]
+        p, q = with_tail(batch.topk_logprobs), draft_with_tail(judged, batch.topk_ids)
         divergence = compute_objective(
             self._objective,
-            p=with_tail(batch.topk_logprobs),
-            q=draft_with_tail(judged, batch.topk_ids),
+            p=p,
+            q=q,
             draft_logits=judged,
             token_ids=batch.token_ids[batch.judged],
+            lengths=batch.lengths,
+            k=self._k,
         )
+        measured = self._measured_priorities(samples, p, q, divergence, batch) if self._measured else None
         if len(rows):
             moved = functional.kl_div(logits[rows].log_softmax(-1), reference, reduction="none", log_target=True).sum(
                 -1
             )
             divergence = divergence.masked_scatter(kept, moved)
         weight = torch.from_numpy(weights).float().to(device)[batch.row[batch.judged]]
+        weight = weight.where(batch.source != Source.CORRECTION, self._rejection_weight * weight)
         loss = (divergence * weight).sum() / weight.sum()
         applied = bool(torch.isfinite(loss)) and self._apply(loss)
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if not applied:
+            priorities = {}
+        elif measured is not None:
+            priorities = measured
+        else:
+            priorities = self._surprise_priorities(samples, logits.detach(), batch)
         return StepReport(
             loss=loss.item() if applied else math.nan,
             skipped=not applied,
             tokens=batch.tokens,
             positions=len(batch.judged),
             seconds=time.perf_counter() - started,
-            priorities=self._priorities(samples, logits.detach(), batch.token_ids, batch.lengths) if applied else {},
+            priorities=priorities,
         )
 
     @torch.no_grad()
@@ -243,18 +264,29 @@ class DraftLearner:
         for parameter in self._parameters.values():
             parameter.grad = None
 
-    def _priorities(
-        self, samples: Sequence[ReplaySample], logits: Tensor, token_ids: Tensor, lengths: Sequence[int]
-    ) -> dict[int, float]:
+    def _surprise_priorities(self, samples: Sequence[ReplaySample], logits: Tensor, batch: Batch) -> dict[int, float]:
+        mode = cast(Mode, self._priority)
         logprobs = logits.log_softmax(-1)
-        token = logprobs.gather(-1, token_ids[:, None])[:, 0].numpy(force=True)
+        token = logprobs.gather(-1, batch.token_ids[:, None])[:, 0].numpy(force=True)
         top = logprobs.topk(_SURPRISE_TOP, dim=-1).values.numpy(force=True)
-        ratios = np.split(surprise_ratio(token, top), np.cumsum(lengths)[:-1])
+        ratios = np.split(surprise_ratio(token, top), np.cumsum(batch.lengths)[:-1])
         return {
-            s.info.key: surprise_priority(r, self._priority, self._tau)
-            for s, r in zip(samples, ratios, strict=True)
-            if len(r)
+            s.info.key: surprise_priority(r, mode, self._tau) for s, r in zip(samples, ratios, strict=True) if len(r)
         }
+
+    def _measured_priorities(
+        self, samples: Sequence[ReplaySample], p: Tensor, q: Tensor, divergence: Tensor, batch: Batch
+    ) -> dict[int, float]:
+        found = measured_priorities(
+            cast(Measure, self._priority),
+            p=p,
+            q=q,
+            # Over blocks it is minus the accepted tokens, from -k on: what is missing to k is at least 0.
+            loss=divergence + (self._k or 0) if self._blocks else divergence,
+            row=batch.row[batch.judged],
+            traces=len(samples),
+        )
+        return {s.info.key: value for s, value in zip(samples, found, strict=True) if value is not None}
 
     def average(self) -> dict[str, Tensor]:
         """The candidate: an exponential moving average of the weights (Polyak and Juditsky 1992), without a step's noise."""

@@ -16,6 +16,7 @@ RANK = {
     "__init__": 0,
     "errors": 0,
     "events": 0,
+    "values": 0.5,
     "config": 1,
     "log": 1,
     "models": 2,

@@ -34,6 +34,8 @@ def test_top_level_keys_come_from_the_environment_too() -> None:
         ("lern.lr=1", "unknown configuration key 'lern'; the nearest is 'learn'"),
         ("engine.k=99", r"'engine.k' = 99: .* less than or equal to 16"),
         ("learn.objective=kl", r"'learn.objective' = 'kl'"),
+        ("learn.rejection_weight=0", r"'learn.rejection_weight' = 0: .* greater than 0"),
+        ("learn.priority=lost", r"'learn.priority' = 'lost': .*'overlap'"),
         ("nonsense", "must have the form section.key=value"),
         ("deployment=A B", "deployment"),
     ],
@@ -47,6 +49,13 @@ def test_recall_without_any_source_is_refused_and_switched_off_is_not() -> None:
     with pytest.raises(ConfigError, match=r"orders and echo are both empty.*recall.enabled"):
         config.load(None, ["recall.orders=[]", "recall.echo=[]"])
     assert not config.load(None, ["recall.orders=[]", "recall.echo=[]", "recall.enabled=false"]).recall.enabled
+
+
+def test_an_objective_over_blocks_is_refused_where_corrections_alone_are_captured() -> None:
+    with pytest.raises(ConfigError, match=r"acceptance_length needs every position.*capture.positions is 'rejected'"):
+        config.load(None, ["learn.objective=acceptance_length", "capture.positions=rejected"])
+    assert config.load(None, ["learn.objective=acceptance_length"]).capture.positions == "all"
+    assert config.load(None, ["learn.objective=tv", "capture.positions=rejected"]).learn.objective == "tv"
 
 
 def test_a_file_that_is_missing_or_no_mapping_is_refused(tmp_path: Path) -> None:

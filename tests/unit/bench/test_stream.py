@@ -9,6 +9,7 @@ from adaptd.bench.learners import LearnerSpec
 from adaptd.bench.stream import Phase, Stream, plan, read_spec
 from adaptd.config import load
 from adaptd.errors import ConfigError
+from policies.selection import Mixture
 
 SHARP = Stream(name="s", phases=(Phase(mix={"a": 1}, requests=30), Phase(mix={"b": 2}, requests=20)))
 
@@ -43,6 +44,15 @@ def test_every_seed_finds_enough_answers_in_the_pool() -> None:
 def test_scaling_keeps_the_shape() -> None:
     assert [p.requests for p in SHARP.scaled(0.5).phases] == [15, 10]
     assert [p.requests for p in SHARP.scaled(0.01).phases] == [8, 8]
+
+
+def test_another_temperature_changes_nothing_else() -> None:
+    cold = SHARP.at(0.0)
+    assert (cold.temperature, SHARP.temperature) == (0.0, 0.8)
+    assert cold.model_copy(update={"temperature": 0.8}) == SHARP
+    assert plan(cold, 3) == plan(SHARP, 3)
+    with pytest.raises(ConfigError, match=r"temperature \(-0.1\) must be at least 0"):
+        SHARP.at(-0.1)
 
 
 @pytest.mark.parametrize("name", ["sharp", "recur", "drift", "mixed"])
@@ -87,7 +97,8 @@ def test_shipped_learners_fit_the_configuration(path: Path) -> None:
     for section, values in spec.settings.items():
         for key, value in values.items():
             assert getattr(getattr(config, section), key) == value
-    assert spec.kind == "frozen" or spec.rates or spec.held_out
+    assert spec.about
+    assert spec.kind == "frozen" or spec.rates or spec.held_out or name.startswith("ablate/")
     assert spec.with_rate(0.5).configured(load(None)).learn.lr == 0.5
     assert not spec.with_rate(0.5).rates, "or the oracle would be swept again"
 
@@ -102,3 +113,46 @@ def test_only_an_oracle_learns_from_other_answers(tmp_path: Path) -> None:
 def test_an_unknown_learner_is_named_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"learner \(ouers\) must be a YAML file, or one of: aurora"):
         read_spec(LearnerSpec, "learners", "ouers")
+
+
+#: Keys that belong together: a cadence is requests and steps in proportion, a gate that is off has no limit left.
+TOGETHER = {"every_16": 2, "every_64": 2, "gate_off": 2}
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/learners/ablate").glob("*.yaml")), ids=lambda p: p.stem)
+def test_an_ablation_is_the_defaults_but_for_one_thing(path: Path) -> None:
+    spec = read_spec(LearnerSpec, "learners", f"ablate/{path.stem}")
+    defaults = load(None)
+    changed = [(s, k) for s, v in spec.settings.items() for k, x in v.items() if getattr(getattr(defaults, s), k) != x]
+    assert spec.kind == "cycle"
+    assert len(changed) == sum(len(v) for v in spec.settings.values()), "a setting that is the default ablates nothing"
+    assert len(changed) == TOGETHER.get(path.stem, 1)
+
+
+@pytest.mark.parametrize("percent", [0, 5, 10, 25])
+def test_an_ablation_of_anchors_has_the_share_of_its_name(percent: int) -> None:
+    learn = read_spec(LearnerSpec, "learners", f"ablate/anchors_{percent}").configured(load(None)).learn
+    mixture = Mixture(learn.lam, learn.epsilon, 0)
+    counts = [mixture.counts(learn.batch_traces, step) for step in range(1000)]
+    assert sum(c.anchors for c in counts) / (1000 * learn.batch_traces) == pytest.approx(percent / 100, abs=0.001)
+
+
+def test_steps_follow_the_cadence() -> None:
+    default = load(None).learn
+    for name in ("every_16", "every_64"):
+        learn = read_spec(LearnerSpec, "learners", f"ablate/{name}").configured(load(None)).learn
+        assert learn.steps_per_tick / learn.min_new_traces == default.steps_per_tick / default.min_new_traces
+
+
+def test_more_target_tokens_than_are_captured_are_refused_before_anything_runs() -> None:
+    spec = read_spec(LearnerSpec, "learners", "offline/top_64")
+    with pytest.raises(ConfigError, match=r"top_64: k_top \(64\) must be at most the 32 .*--set capture.k_top=64"):
+        spec.require(load(None))
+    spec.require(load(None, ["capture.k_top=64"]))
+
+
+def test_settings_that_contradict_each_other_name_the_learner() -> None:
+    spec = LearnerSpec(name="mine", kind="cycle", settings={"learn": {"objective": "acceptance_length"}})
+    spec.require(load(None))
+    with pytest.raises(ConfigError, match=r"learner mine: .*acceptance_length needs every position"):
+        spec.require(load(None, ["capture.positions=rejected"]))

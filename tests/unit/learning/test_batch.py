@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from adaptd.bench.verify import rejections_only
 from adaptd.learning.batch import _by_length, collate, draft_logits
 from buffers.synthetic import synthetic_trace
+from buffers.trace import Source
 from tests.unit.learning.conftest import VOCAB, tiny
 
 
@@ -21,6 +23,7 @@ def test_each_position_meets_its_token_and_the_row_before_it() -> None:
         assert batch.column[rows].tolist() == list(range(trace.prompt_len - 1, len(trace.tokens) - 1))
         assert batch.token_ids[rows].tolist() == trace.tokens[trace.prompt_len :].tolist()
         assert batch.topk_ids[rows, 0].tolist() == trace.topk_ids[:, 0].tolist()
+        assert batch.source[rows].tolist() == trace.source.tolist()
         assert batch.input_ids[i, : len(trace.tokens)].tolist() == trace.tokens.tolist()
     assert start == len(batch.token_ids) == sum(batch.lengths)
 
@@ -35,6 +38,15 @@ def test_a_trace_cut_on_the_left_keeps_only_positions_whose_row_is_left(max_toke
     assert batch.token_ids.tolist() == trace.tokens[-expected:].tolist()
     assert torch.equal(batch.input_ids[0, batch.column + 1], batch.token_ids)
     assert batch.topk_ids[:, 0].tolist() == trace.topk_ids[-expected:, 0].tolist()
+    assert batch.source.tolist() == trace.source[-expected:].tolist()
+
+
+@pytest.mark.parametrize("max_tokens", [9, 30])
+def test_where_corrections_alone_were_captured_every_judged_position_is_one(max_tokens: int) -> None:
+    trace = rejections_only(synthetic_trace(np.random.default_rng(0), n_response=12))
+    batch = collate([trace], max_tokens)
+    assert 0 < len(batch.source) == len(batch.judged) < len(batch.token_ids)
+    assert set(batch.source.tolist()) == {Source.CORRECTION}
 
 
 def test_an_empty_batch_is_refused() -> None:

@@ -1,18 +1,24 @@
 """The optimiser: it learns, it leaves everything else alone, it survives bad numbers and restarts."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 
+from adaptd.bench.verify import rejections_only
+from adaptd.config import LearnConfig
 from adaptd.decoding.request import Finished
 from adaptd.learning.evaluate import profiles
-from adaptd.learning.learner import DraftLearner
+from adaptd.learning.learner import DraftLearner, StepReport
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
 from buffers.table import ReplaySample, SampleInfo
+from buffers.trace import Source, Trace
 from policies.acceptance import mal
 from policies.objectives import OBJECTIVES
+from policies.surprise import PRIORITY_FLOOR
 from tests.unit.learning.conftest import tiny
 
 K = 3
@@ -34,7 +40,7 @@ def adapted(scope: str = "private_expert") -> AdaptedDraft:
 def test_every_objective_raises_acceptance_on_the_traces_it_learns_from(decode: Decode, objective: str) -> None:
     draft = adapted()
     samples = samples_of(decode(draft.model, 48, temperature=1.0))
-    learner = DraftLearner(draft, objective=objective, lr=1e-2, warmup_steps=5)
+    learner = DraftLearner(draft, objective=objective, k=K, lr=1e-2, warmup_steps=5)
     before = mal(profiles(draft.model, [s.trace for s in samples], K, max_tokens=256))
     for _ in range(60):
         report = learner.step(samples)
@@ -43,12 +49,71 @@ def test_every_objective_raises_acceptance_on_the_traces_it_learns_from(decode: 
     assert after > 1.03 * before, (before, after)
 
 
-def test_priorities_come_back_for_every_trace(decode: Decode) -> None:
+@pytest.mark.parametrize("priority", get_args(LearnConfig.model_fields["priority"].annotation))
+@pytest.mark.parametrize("objective", ["forward_kl", "acceptance_length"])
+def test_priorities_come_back_for_every_trace(decode: Decode, priority: Any, objective: str) -> None:
     draft = adapted()
     samples = samples_of(decode(draft.model, 6, temperature=1.0))
-    report = DraftLearner(draft, objective="forward_kl", lr=1e-3).step(samples)
+    report = DraftLearner(draft, objective=objective, k=K, lr=1e-3, priority=priority).step(samples)
     assert set(report.priorities) == {s.info.key for s in samples}
-    assert all(0 < p <= 1 for p in report.priorities.values())
+    most = 1 if priority in ("surprise", "agreement", "uniform") else 10
+    assert all(0 < p <= most for p in report.priorities.values())
+    assert (len(set(report.priorities.values())) == 1) == (priority == "uniform")
+
+
+def test_a_measured_priority_belongs_to_its_trace_in_whatever_order_they_come(decode: Decode) -> None:
+    """A step sorts its traces by length: each must get back the mean of its own positions."""
+    samples = samples_of(decode(adapted().model, 6, temperature=1.0))
+    samples = [s._replace(trace=s.trace.truncate_left(12 + 3 * (i * 5 % 6))) for i, s in enumerate(samples)]
+
+    def loss_of(chosen: list[ReplaySample]) -> StepReport:
+        return DraftLearner(adapted(), objective="forward_kl", lr=1e-3, priority="loss").step(chosen)
+
+    together = loss_of(samples).priorities
+    assert len({len(s.trace.tokens) for s in samples}) > 3
+    for sample in samples:
+        alone = loss_of([sample])
+        assert together[sample.info.key] == pytest.approx(alone.priorities[sample.info.key], rel=1e-4)
+        assert together[sample.info.key] == pytest.approx(PRIORITY_FLOOR + alone.loss, rel=1e-4)
+
+
+def test_a_rejection_weight_of_one_changes_nothing_and_another_moves_the_loss_to_the_corrections(
+    decode: Decode,
+) -> None:
+    samples = samples_of(decode(adapted().model, 6, temperature=1.0))
+
+    def loss(only: Source | None = None, **options: Any) -> StepReport:
+        chosen = samples if only is None else [s._replace(trace=marked(s.trace, only)) for s in samples]
+        return DraftLearner(adapted(), objective="forward_kl", lr=1e-3, **options).step(chosen)
+
+    def marked(trace: Trace, source: Source) -> Trace:
+        return dataclasses.replace(trace, source=np.full_like(trace.source, source))
+
+    plain = loss()
+    assert loss(rejection_weight=1.0).loss == plain.loss
+    at = [s.trace.source == Source.CORRECTION for s in samples]
+    share = sum(a.sum() for a in at) / sum(len(a) for a in at)
+    assert 0.2 < share < 0.95
+    rejected = [s._replace(trace=rejections_only(s.trace)) for s in samples]
+    corrections = DraftLearner(adapted(), objective="forward_kl", lr=1e-3).step(rejected)
+    others = (plain.loss - share * corrections.loss) / (1 - share)
+    expected = (4 * share * corrections.loss + (1 - share) * others) / (4 * share + 1 - share)
+    assert abs(expected - plain.loss) > 0.01
+    assert loss(rejection_weight=4.0).loss == pytest.approx(expected, rel=1e-4)
+    # A weight that all positions share, or none has, is none.
+    assert loss(Source.CORRECTION, rejection_weight=4.0).loss == pytest.approx(plain.loss, rel=1e-5)
+    assert loss(Source.UNKNOWN, rejection_weight=4.0).loss == plain.loss
+
+
+def test_blocks_are_refused_where_corrections_alone_were_captured(decode: Decode) -> None:
+    samples = samples_of(decode(adapted().model, 6, temperature=1.0))
+    learner = DraftLearner(adapted(), objective="acceptance_length", k=K, lr=1e-3)
+    assert -K < learner.step(samples).loss < 0
+    rejected = [s._replace(trace=rejections_only(s.trace)) for s in samples]
+    with pytest.raises(ValueError, match="blocks need every position of a sequence; capture all"):
+        learner.step(rejected)
+    with pytest.raises(ValueError, match="'acceptance_length' needs k"):
+        DraftLearner(adapted(), objective="acceptance_length", lr=1e-3)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(decode: Decode) -> None:

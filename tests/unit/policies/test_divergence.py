@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -247,9 +248,73 @@ def test_acceptance_length_loss_is_minus_the_expected_accepted_prefix() -> None:
     torch.testing.assert_close(accept.grad[2], torch.tensor([-3.0, 0.0, 0.0]))
 
 
+def test_overlap_is_what_total_variation_leaves() -> None:
+    p, q = pair(seed=3)
+    torch.testing.assert_close(divergence.overlap(p, q), 1.0 - divergence.total_variation(p, q))
+    torch.testing.assert_close(divergence.overlap(p, p), torch.ones(len(p), dtype=p.dtype))
+    apart = torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])
+    assert divergence.overlap(apart, apart.flip(0)).tolist() == [0.0, 0.0]
+
+
+def by_enumeration(beta: list[float], start: int, k: int) -> float:
+    """Expected accepted tokens of a block: over every outcome of its proposals, probability times accepted prefix."""
+    block = beta[start : start + k]
+    expected = 0.0
+    for outcome in itertools.product([True, False], repeat=len(block)):
+        probability = math.prod(b if accepted else 1 - b for b, accepted in zip(block, outcome, strict=True))
+        expected += probability * len(list(itertools.takewhile(bool, outcome)))
+    return expected
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7])
+def test_acceptance_length_is_the_expectation_over_every_outcome_of_each_block(k: int) -> None:
+    """Five positions of a sequence of three and one of two: a block does not reach into the next sequence."""
+    p, q = pair(seed=7, rows=5)
+    beta = divergence.overlap(p, q).tolist()
+    assert min(beta) > 0.05, "or blocks end before they could cross"
+    expected = [-by_enumeration(beta[:3], t, k) for t in range(3)] + [-by_enumeration(beta[3:], t, k) for t in range(2)]
+    loss = divergence.acceptance_length(p, q, [3, 0, 2], k)
+    torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64))
+    if k > 1:
+        joined = divergence.acceptance_length(p, q, [5], k)
+        assert joined[2] < loss[2], "the end of a sequence must matter, or the test proves nothing"
+
+
+def test_acceptance_length_has_the_gradient_of_its_values() -> None:
+    target, draft = random_logits(6, seed=1), random_logits(6, seed=2).requires_grad_()
+    ids, logprobs = captured(target)
+    p = divergence.with_tail(logprobs)
+
+    def loss(logits: Tensor) -> Tensor:
+        return divergence.acceptance_length(p, divergence.draft_with_tail(logits, ids), [4, 2], k=3)
+
+    assert torch.autograd.gradcheck(loss, (draft,))
+    (gradient,) = torch.autograd.grad(loss(draft)[:4].sum(), draft)
+    assert gradient[:4].abs().sum(-1).min() > 0
+    assert gradient[4:].abs().sum() == 0, "another sequence"
+
+
+def test_acceptance_length_at_certain_outcomes_has_finite_gradients() -> None:
+    """A proposal that is accepted or rejected for sure is a product with a 1 or a 0: no NaN may come out of either."""
+    sure = torch.tensor([[0.0, -torch.inf], [0.0, -torch.inf], [-torch.inf, 0.0], [0.0, -torch.inf]])
+    q = torch.tensor([[0.0, -50.0], [-50.0, 0.0], [-50.0, 0.0], [0.0, -50.0]]).requires_grad_()
+    loss = divergence.acceptance_length(sure, q, [4], k=3)
+    torch.testing.assert_close(loss, torch.tensor([-1.0, 0.0, -2.0, -1.0]))
+    loss.sum().backward()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda: divergence.acceptance_length(torch.zeros(5, 2), torch.zeros(5, 2), [2, 2], 3),
+            r"lengths \(sum 4\).*5 positions.*capture all",
+        ),
+        (lambda: divergence.acceptance_length(torch.zeros(1, 2), torch.zeros(1, 2), [2, -1], 3), "at least 0"),
+        (lambda: divergence.acceptance_length(torch.zeros(1, 2), torch.zeros(1, 2), [1], 0), r"k \(0\)"),
+        (lambda: divergence.overlap(torch.zeros(2, 3), torch.zeros(2, 4)), r"\(2, 3\) and q \(2, 4\)"),
         (lambda: divergence.forward_kl(torch.zeros(2, 3), torch.zeros(2, 4)), r"\(2, 3\) and q \(2, 4\)"),
         (lambda: divergence.with_tail(torch.zeros(3)), "two-dimensional"),
         (lambda: divergence.draft_with_tail(torch.zeros(2, 3), torch.zeros(1, 2).long()), r"ids \(1 rows\)"),
