@@ -54,13 +54,15 @@ class LearnerSpec(BaseModel):
     """Oracle: passes over the whole stream."""
     held_out: bool = False
     """Oracle: learn from as many other answers in the stream's place: what is learned is then not what is asked."""
+    first: int | None = Field(None, ge=1)
+    """Oracle: learn from the first so many requests alone, as nobody could do better who has seen no more."""
     k_top: int | None = Field(None, ge=1)
     """Most likely target tokens to learn from; None: all that were captured."""
 
     @model_validator(mode="after")
     def _only_an_oracle(self) -> LearnerSpec:
-        if self.held_out and self.kind != "oracle":
-            raise ValueError(f"held_out is for an oracle; kind is {self.kind!r}")
+        if (self.held_out or self.first is not None) and self.kind != "oracle":
+            raise ValueError(f"held_out and first are for an oracle; kind is {self.kind!r}")
         return self
 
     def with_rate(self, rate: float) -> LearnerSpec:
@@ -181,9 +183,9 @@ class Oracle(Online):
     """Trained on the whole stream before it begins: what learning online can hope for."""
 
     def prepare(self, answers: Sequence[Trace]) -> None:
-        """`epochs` passes over every answer."""
+        """`epochs` passes over every answer, or over the `first` ones."""
         started = time.perf_counter()
-        kept = [self.kept(answer) for answer in answers]
+        kept = [self.kept(answer) for answer in answers[: self._spec.first]]
         for _ in range(self._spec.epochs):
             self._pass(kept)
         self.draft.load(self._learner.average())
