@@ -64,7 +64,7 @@ def test_shipped_streams_are_read_by_name(name: str) -> None:
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"stream \(shrap\) must be a YAML file, or one of: drift, mixed, recur, sharp"
+        ConfigError, match=r"stream \(shrap\) must be a YAML file, or one of: drift, math, mixed, recur, sharp"
     ):
         read_spec(Stream, "streams", "shrap")
 
@@ -92,13 +92,13 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path: Path, text: str, 
 def test_shipped_learners_fit_the_configuration(path: Path) -> None:
     name = str(path.relative_to("configs/learners").with_suffix(""))
     spec = read_spec(LearnerSpec, "learners", name)
-    assert spec.held_out == name.startswith("offline/")
+    assert (spec.held_out or spec.first is not None) == name.startswith("offline/"), "nothing of what is asked"
     config = spec.configured(load(None))
     for section, values in spec.settings.items():
         for key, value in values.items():
             assert getattr(getattr(config, section), key) == value
     assert spec.about
-    assert spec.kind == "frozen" or spec.rates or spec.held_out or name.startswith("ablate/")
+    assert spec.kind == "frozen" or spec.rates or name.startswith("offline/") or name.startswith("ablate/")
     assert spec.with_rate(0.5).configured(load(None)).learn.lr == 0.5
     assert not spec.with_rate(0.5).rates, "or the oracle would be swept again"
 
@@ -106,7 +106,7 @@ def test_shipped_learners_fit_the_configuration(path: Path) -> None:
 def test_only_an_oracle_learns_from_other_answers(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("{kind: cycle, held_out: true}")
-    with pytest.raises(ConfigError, match="held_out is for an oracle; kind is 'cycle'"):
+    with pytest.raises(ConfigError, match="held_out and first are for an oracle; kind is 'cycle'"):
         read_spec(LearnerSpec, "learners", str(path))
 
 
@@ -129,7 +129,7 @@ def test_an_ablation_is_the_defaults_but_for_one_thing(path: Path) -> None:
     assert len(changed) == TOGETHER.get(path.stem, 1)
 
 
-@pytest.mark.parametrize("percent", [0, 5, 10, 25])
+@pytest.mark.parametrize("percent", [0, 5, 25])
 def test_an_ablation_of_anchors_has_the_share_of_its_name(percent: int) -> None:
     learn = read_spec(LearnerSpec, "learners", f"ablate/anchors_{percent}").configured(load(None)).learn
     mixture = Mixture(learn.lam, learn.epsilon, 0)
