@@ -69,7 +69,7 @@ class CaptureThread:
 
     def _refuse(self, item: Captured, reason: str) -> None:
         self.refused[reason] += 1
-        _log.warning(events.TRACE_REFUSED, request_id=item.seen.answer_id, reason=reason)
+        _log.warning(events.TRACE_REFUSED, request_id=getattr(item.seen, "answer_id", None), reason=reason)
 
     def flush(self) -> None:
         """Wait until every answer handed over so far is built or refused."""

@@ -134,6 +134,16 @@ def _choice(event: str) -> str:
     return found.group() if found else "~"
 
 
+def pieces(body: str) -> dict[int, str]:
+    """The texts of a stream, put together by choice."""
+    texts: dict[int, str] = {}
+    for event in (e for e in body.split("\n\n") if e.startswith("data: {")):
+        for choice in json.loads(event[6:]).get("choices", []):
+            piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+            texts[choice["index"]] = texts.get(choice["index"], "") + piece
+    return texts
+
+
 def shape(body: str) -> Any:
     """Of a sampled answer: its keys in order and the types of their values; of a stream, of each kind of event once."""
 
@@ -163,4 +173,8 @@ def test_an_answer_is_the_servers_own(vllm: Any, proxied: Any, path: str, body: 
     kept = {"content-type", "server", "vary", "date", "transfer-encoding"}
     assert kept & set(through.headers) == kept & set(direct.headers)
     assert through.headers["content-type"] == direct.headers["content-type"]
-    assert same(through.text) == same(direct.text)
+    if same(through.text) != same(direct.text) and body.get("stream") and same is normal:
+        # The draft's own numbers depend on the batch, so the same text may come in other pieces.
+        assert (shape(through.text), pieces(through.text)) == (shape(direct.text), pieces(direct.text))
+    else:
+        assert same(through.text) == same(direct.text)
