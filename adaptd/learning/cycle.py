@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adaptd import events
 from adaptd.config import GateConfig, LearnConfig
-from adaptd.learning.evaluate import profiles
+from adaptd.learning.evaluate import Rule, profiles
 from adaptd.learning.learner import DraftLearner
 from adaptd.log import logger
 from buffers.table import NO_KEY, ReplaySample, ReplayTable
@@ -76,6 +76,7 @@ class LearnerCycle:
     Args:
       k: tokens proposed a round by the decoders: the gate scores at this depth.
       clock: seconds since the epoch.
+      rule: how the engine that serves accepts; the gate scores by it.
     """
 
     def __init__(
@@ -91,7 +92,9 @@ class LearnerCycle:
         state_file: Path,
         rng: np.random.Generator,
         clock: Callable[[], float] = time.time,
+        rule: Rule = "rejection",
     ) -> None:
+        self._rule: Rule = rule
         self._table, self._store, self._learner, self._identity = table, store, learner, identity
         self._learn, self._gate, self._k = learn, gate, k
         self._state_file, self._rng, self._clock = state_file, rng, clock
@@ -291,7 +294,11 @@ class LearnerCycle:
 
     def _scores(self, samples: Sequence[tuple[str, ReplaySample]]) -> list[Score]:
         found = profiles(
-            self._learner.draft.model, [s.trace for _, s in samples], self._k, max_tokens=self._learn.max_tokens
+            self._learner.draft.model,
+            [s.trace for _, s in samples],
+            self._k,
+            max_tokens=self._learn.max_tokens,
+            rule=self._rule,
         )
         return [
             Score(domain=s.trace.domain, stratum=stratum, emitted=p.emitted, rounds=p.rounds)
