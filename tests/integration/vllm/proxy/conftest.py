@@ -22,7 +22,7 @@ from adaptd.sidecar.proxy import Done, Proxy
 from adaptd.sidecar.request import Plan, plan
 from adaptd.sidecar.upstream import Upstream, make_client
 
-START_S = 240
+START_S = 480
 K = 4
 HERE = Path(__file__).parents[4]
 

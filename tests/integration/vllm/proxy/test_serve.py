@@ -40,7 +40,7 @@ class Served:
         self.log = (home / "serve.log").open("w")
         self.process = subprocess.Popen([*COMMAND, "serve"], env=self.env, stderr=self.log, stdout=self.log)
         address = home / "default" / "daemon.json"
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while not address.is_file():
             assert self.process.poll() is None, Path(self.log.name).read_text()[-3000:]
             assert time.monotonic() < deadline, Path(self.log.name).read_text()[-3000:]
