@@ -211,6 +211,7 @@ class SidecarDaemon(Adaptation):
         _log.info(events.SERVICE_DRAINING, in_flight=self.proxy.counts.in_flight)
         while self.proxy.counts.in_flight and time.monotonic() - started < self.config.server.drain_s:
             await asyncio.sleep(_DRAIN_POLL_S)
+        self.proxy.closing = True
         for part in (self._capture, self._writer):
             if part is not None:
                 await asyncio.to_thread(part.close, 5.0)

@@ -88,6 +88,8 @@ class Proxy:
         self._client, self._planner, self._report = client, planner, report
         self._draft_version, self._development_routes = draft_version, development_routes
         self.counts = Counts()
+        self.closing = False
+        """True refuses what still comes, with a retry: the connections to the server are about to close."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; only HTTP is."""
@@ -123,6 +125,9 @@ class Proxy:
             watching.cancel()
 
     async def _exchange(self, scope: Scope, body: bytes, send: Send) -> None:
+        if self.closing:
+            await _refuse(send, 503, "adaptd is shutting down; retry", "server_error")
+            return
         started = time.monotonic()
         headers: RawHeaders = scope["headers"]
         url = _url(self._client.base_url, scope)

@@ -17,6 +17,9 @@ _log = logger(__name__)
 #: Below uvicorn's 5 s, after which the server closes an idle connection under a request that is just being sent.
 _KEEP_ALIVE_S = 2.0
 _PROBE_TIMEOUT_S = 30.0
+#: Before a server that is up and could not be probed is probed again.
+_REPROBE_S = 30.0
+_NOT_ASKED = "not asked yet"
 
 
 def make_client(config: UpstreamConfig, *, timeout: httpx.Timeout | None = None) -> httpx.AsyncClient:
@@ -40,35 +43,47 @@ class Upstream:
         key = config.api_key
         self.headers = {"authorization": f"Bearer {key.get_secret_value()}"} if key else {}
         self.up = False
-        self.error = "not asked yet"
+        self.error = _NOT_ASKED
         self.since = time.time()
         self.capabilities = Capabilities()
+        self._probed_at: float | None = None
 
     async def poll(self) -> bool:
         """Ask once; whether it is up. A server that came back is probed again. Raises nothing."""
         try:
-            answer = await self._client.get("/health")
-            answer.raise_for_status()
-            if not self.up:
-                self.capabilities = await probe(self._client, self.headers, self._config.top_logprobs)
-        except Exception as error:  # also a server whose answers are not what was expected
+            (await self._client.get("/health")).raise_for_status()
+        except httpx.HTTPError as error:
             self._lost(f"{type(error).__name__}: {error}"[:200])
             return False
         if not self.up:
             self.up, self.error, self.since = True, "", time.time()
-            found = self.capabilities
-            _log.info(
-                events.UPSTREAM_PROBED,
-                version=found.version,
-                k=found.k,
-                top_logprobs=found.top_logprobs,
-                per_step=found.per_step,
-                reason=found.reason,
-            )
+            self._probed_at = None
+        if self._probed_at is None or (
+            not self.capabilities.models and time.monotonic() > self._probed_at + _REPROBE_S
+        ):
+            await self._probe()
         return True
 
+    async def _probe(self) -> None:
+        """Requests pass whatever comes of it: a server that cannot be probed is only never added to."""
+        try:
+            found = await probe(self._client, self.headers, self._config.top_logprobs)
+        except Exception as error:  # refused, gone again, or answers that are not what was expected
+            found = Capabilities(
+                reason=f"the server could not be probed ({type(error).__name__}): does it need upstream.api_key?"
+            )
+        self.capabilities, self._probed_at = found, time.monotonic()
+        _log.info(
+            events.UPSTREAM_PROBED,
+            version=found.version,
+            k=found.k,
+            top_logprobs=found.top_logprobs,
+            per_step=found.per_step,
+            reason=found.reason,
+        )
+
     def _lost(self, error: str) -> None:
-        if self.up or self.error == "not asked yet":
+        if self.up or self.error == _NOT_ASKED:
             self.since = time.time()
             _log.warning(events.UPSTREAM_LOST, error=error)
         self.up, self.error, self.capabilities = False, error, Capabilities()

@@ -305,6 +305,13 @@ def test_development_routes_are_refused_unless_allowed(path: str) -> None:
     assert asyncio.run(Client(open_, path=path).run()).status == 200
 
 
+def test_what_comes_while_shutting_down_is_told_to_come_again() -> None:
+    proxy, _ = make(answered)
+    proxy.closing = True
+    client = asyncio.run(Client(proxy).run())
+    assert (client.status, client.headers["retry-after"]) == (503, "1")
+
+
 def test_labels_outside_their_rule_are_dropped_not_refused() -> None:
     def of(**given: str) -> Labels:
         return Labels.of(

@@ -9,11 +9,13 @@ import httpx
 import pytest
 
 from adaptd.errors import ConfigError
+from adaptd.sections import UpstreamConfig
 from adaptd.sidecar.answer import ChoiceSeen, Seen
 from adaptd.sidecar.capture import Captured, CaptureThread
 from adaptd.sidecar.probe import Capabilities, probe
 from adaptd.sidecar.publish import PublishFollower
 from adaptd.sidecar.traces import Provenance
+from adaptd.sidecar.upstream import Upstream
 from buffers.trace import Trace
 from checkpoints.store import CheckpointStore
 
@@ -126,6 +128,51 @@ def test_a_server_whose_answers_cannot_be_put_back_is_never_added_to() -> None:
     able = probed(FakeVllm(odd=True))
     assert able.top_logprobs == 0
     assert "cannot be put back" in able.reason
+
+
+@pytest.mark.parametrize("status", [401, 500])
+def test_a_server_that_is_up_and_refuses_the_probe_is_up_and_never_added_to(
+    monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    def handle(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200 if request.url.path == "/health" else status)
+
+    def client(*_: Any, **__: Any) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url="http://s", transport=httpx.MockTransport(handle))
+
+    monkeypatch.setattr("adaptd.sidecar.upstream.make_client", client)
+    upstream = Upstream(UpstreamConfig())
+    assert asyncio.run(upstream.poll())
+    assert upstream.up
+    assert upstream.capabilities.models == ()
+    assert "upstream.api_key" in upstream.capabilities.reason
+
+
+def test_a_server_that_comes_back_is_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, up, asked = FakeVllm(), [False], [0]
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        if not up[0]:
+            raise httpx.ConnectError("no")
+        if request.url.path == "/health":
+            return httpx.Response(200)
+        asked[0] += request.url.path == "/v1/models"
+        return server.handle(request)
+
+    def client(*_: Any, **__: Any) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url="http://s", transport=httpx.MockTransport(handle))
+
+    monkeypatch.setattr("adaptd.sidecar.upstream.make_client", client)
+    upstream = Upstream(UpstreamConfig())
+
+    async def run() -> None:
+        for state, depth in ((False, 0), (True, 8), (True, 8), (False, 0), (True, 8)):
+            up[0] = state
+            assert await upstream.poll() is state
+            assert upstream.capabilities.top_logprobs == depth
+
+    asyncio.run(run())
+    assert asked[0] == 2
 
 
 class Publisher:
