@@ -33,6 +33,8 @@ from policies.gate import LiveWatch
 _log = logger(__name__)
 #: Seconds between two looks at the actors for /metrics, which must answer without asking them.
 _SNAPSHOT_S = 5.0
+#: Seconds that a status waits for the learner.
+_LEARNER_ANSWERS_S = 2.0
 
 
 class Adaptation:
@@ -42,6 +44,7 @@ class Adaptation:
         self.config = config
         self.monitor = Monitor(config.engine.k, config.drift.delta)
         self.store = CheckpointStore(config.home / "checkpoints")
+        self.learner: Any = None
         self.draining = False
         self.serving = False
         self.snapshot: dict[str, Any] | None = None
@@ -78,26 +81,27 @@ class Adaptation:
             after_cluster()
         self.learner = self._cluster.learner(self.buffer_url) if self.config.learn.enabled else None
 
-    async def _schedule(self) -> None:
-        """Begin to tick, once the learner has loaded its draft."""
-        if self.learner is not None:
-            await self.learner.status.remote()
+    def _start_scheduler(self) -> None:
+        """What is done again and again beside the learner's ticks."""
         # A tick that is due while one runs is skipped by design; the scheduler would warn of each.
         logging.getLogger("apscheduler").setLevel(logging.ERROR)
         self._scheduler = AsyncIOScheduler()
-        if self.learner is not None:
-            # A tick is skipped, not queued, while one runs: the job awaits it, and one instance at a time is allowed.
-            self._every(self.config.learn.poll_s, self._tick, misfire_grace_time=None)
         self._scheduler.start()
         self._every(_SNAPSHOT_S, self.status)
         if self.config.buffer.url == "embedded":
             self._every(_SNAPSHOT_S, self._keep_redis)
 
-    async def _learner_status(self) -> dict[str, Any] | None:
-        """The learner's counters; the last known ones while it is restarted; None where learning is off."""
+    def _start_ticking(self) -> None:
+        """Ask the learner, again and again, whether there is something to learn."""
         if self.learner is not None:
-            with contextlib.suppress(RayError):
-                self._learner_seen = await self.learner.status.remote()
+            # A tick is skipped, not queued, while one runs: the job awaits it, and one instance at a time is allowed.
+            self._every(self.config.learn.poll_s, self._tick, misfire_grace_time=None)
+
+    async def _learner_status(self) -> dict[str, Any] | None:
+        """The learner's counters; the last known ones while it is loaded or restarted; None before, and without one."""
+        if self.learner is not None:
+            with contextlib.suppress(RayError, TimeoutError):
+                self._learner_seen = await asyncio.wait_for(self.learner.status.remote(), _LEARNER_ANSWERS_S)
         return self._learner_seen
 
     def _every(self, seconds: float, job: Callable[[], Awaitable[Any]], **options: Any) -> None:

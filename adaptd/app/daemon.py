@@ -43,7 +43,10 @@ class Daemon(Adaptation):
         await self._join_cluster(after_cluster)
         self.pool = DecoderPool(self._cluster.decoders(self.buffer_url))
         versions = await self.pool.start()
-        await self._schedule()
+        if self.learner is not None:
+            await self.learner.status.remote()  # it has loaded its draft, or says why it cannot
+        self._start_scheduler()
+        self._start_ticking()
         if url:
             self._state.announce(url)
         self.serving = True

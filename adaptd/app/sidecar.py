@@ -19,6 +19,7 @@ from adaptd.app.adaptation import Adaptation
 from adaptd.config import Config
 from adaptd.errors import ConfigError
 from adaptd.log import logger
+from adaptd.models import load
 from adaptd.report.monitor import Finished, Monitor
 from adaptd.sidecar.capture import Captured, CaptureThread
 from adaptd.sidecar.headers import Labels
@@ -40,7 +41,8 @@ class SidecarDaemon(Adaptation):
     Args:
       publisher: brings new versions into the server; None leaves them in the store.
     Raises (from `start`):
-      StateDirError: the folder cannot be used. ConfigError: the configuration asks for what vLLM does not tell.
+      StateDirError: the folder cannot be used. ConfigError: there is no such draft, or the configuration asks for what
+        vLLM does not tell.
     """
 
     def __init__(self, config: Config, *, publisher: DraftPublisher | None = None, log_to_driver: bool = True) -> None:
@@ -72,18 +74,21 @@ class SidecarDaemon(Adaptation):
           after_cluster: called in the event loop's thread once Ray is up.
         """
         started = time.monotonic()
+        load.resolve(self.config.draft.model, "draft")
         await self._open()
         self._writer = TraceWriter(self.table, max_pending=self.config.capture.max_pending)
         await self.upstream.wait(self.config.upstream.wait_s)
         self._adopt_k()
         self._capture = CaptureThread(self._writer.append, self.config.capture.max_pending)
-        await self._join_cluster(after_cluster)
-        await self._schedule()
+        self._start_scheduler()
         self._every(self.config.upstream.poll_s, self.upstream.poll)
         self._every(self.config.checkpoints.poll_s, self.follower.poll)
         if url:
             self._state.announce(url)
         self.serving = True
+        # Last, and not waited for: traces are worth having before there is somebody to learn from them.
+        await self._join_cluster(after_cluster)
+        self._start_ticking()
         _log.info(
             events.SERVICE_STARTED,
             version=__version__,

@@ -66,7 +66,7 @@ class VllmServer:
 
     def start(self) -> None:
         with self.log.open("ab") as out:
-            self.process = subprocess.Popen(self.command, env=self.env, stdout=out, stderr=out, start_new_session=True)
+            self.process = subprocess.Popen(self.command, env=self.env, stdout=out, stderr=out)
         deadline = time.monotonic() + START_S
         while True:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
@@ -146,9 +146,11 @@ class RecordingProxy:
 @pytest.fixture(scope="session")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     server = VllmServer(tmp_path_factory.mktemp("vllm") / "serve.log")
-    server.start()
-    yield server
-    server.stop()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

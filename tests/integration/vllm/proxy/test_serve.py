@@ -119,7 +119,9 @@ def test_its_acceptance_is_the_servers_own(vllm: Any, served: Served) -> None:
 def test_it_learns_from_what_it_passes(served: Served) -> None:
     for i in range(40):
         served.ask(f"Ann has {i + 2} apples and buys 3 more. How many?", extra_headers={"x-adaptd-domain": "math"})
-    ticks = wait_for("a tick", lambda: [t for t in served.status()["learner"]["history"] if t["loss"]], 180)
+    ticks = wait_for(
+        "a tick", lambda: [t for t in (served.status()["learner"] or {}).get("history", []) if t["loss"]], 300
+    )
     assert ticks[-1]["steps"] == 4
     assert ticks[-1]["verdict"]["reason"]
 
