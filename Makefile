@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint bench docs wheel-test clean
+# A vLLM server for the tests against the real thing, apart from .venv: it pins other versions of torch and transformers.
+ADAPTD_VLLM ?= .vllm
+VLLM_STAMP := .vllm/.installed
+
+.PHONY: demo test test-all test-vllm lint bench docs wheel-test clean
 
 demo: $(STAMP)
 	$(BIN)/adaptd demo --json adaptd-demo/demo.json
@@ -13,7 +17,10 @@ test: $(STAMP)
 	$(BIN)/pytest -m "not slow and not gpu and not vllm"
 
 test-all: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not vllm"
+
+test-vllm: $(STAMP) $(if $(filter .vllm,$(ADAPTD_VLLM)),$(VLLM_STAMP))
+	ADAPTD_VLLM=$(ADAPTD_VLLM) $(BIN)/pytest -m vllm tests/integration/vllm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -36,5 +43,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
+$(VLLM_STAMP): tests/vllm/setup.sh
+	PYTHON=$(PYTHON) bash tests/vllm/setup.sh .vllm
+	touch $(VLLM_STAMP)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info adaptd-demo
+	rm -rf $(VENV) .vllm build dist *.egg-info adaptd-demo

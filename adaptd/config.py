@@ -11,22 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from adaptd.errors import ConfigError
+from adaptd.sections import Section as _Section
+from adaptd.sections import UpstreamConfig
 from adaptd.values import put, read_mapping, value_of
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class EngineConfig(_Section):
     """The decoders."""
 
-    kind: Literal["native"] = "native"
-    """Who decodes: adaptd's own Ray decoder actors."""
+    kind: Literal["native", "vllm"] = "native"
+    """Who decodes: `native`, adaptd's own Ray decoder actors; `vllm`, the server of section `upstream`."""
     decoders: int = Field(1, ge=1)
     """Decoder actors."""
     k: int = Field(4, ge=1, le=16)
@@ -288,6 +286,7 @@ class Config(BaseSettings):
     seed: int = 0
     """Seed of the learner's choices."""
     engine: EngineConfig = EngineConfig()
+    upstream: UpstreamConfig = UpstreamConfig()
     target: ModelConfig = ModelConfig()
     draft: ModelConfig = ModelConfig()
     adapt: AdaptConfig = AdaptConfig()

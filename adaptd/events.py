@@ -25,5 +25,13 @@ DRAFT_LOST = "draft.lost"  # upstream, version, reason
 DRAFT_RESTORED = "draft.restored"  # upstream, version, reason
 DRAFT_RESTORE_FAILED = "draft.restore_failed"  # upstream, version, reason, error
 BUFFER_UNAVAILABLE = "buffer.unavailable"  # error
+UPSTREAM_PROBED = "upstream.probed"  # version, k, top_logprobs, capture, reason
+UPSTREAM_LOST = "upstream.lost"  # error
+UPSTREAM_UNREACHABLE = "upstream.unreachable"  # error
+UPSTREAM_BROKE_OFF = "upstream.broke_off"  # error
+PROXY_FAULTED = "proxy.faulted"  # where, error
+TRACE_REFUSED = "trace.refused"  # request_id, reason
+DRAFT_PUBLISHED = "draft.published"  # version, seconds
+DRAFT_PUBLISH_FAILED = "draft.publish_failed"  # version, error
 
 CATALOGUE = frozenset(value for name, value in list(globals().items()) if name.isupper() and isinstance(value, str))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adaptd.config import Config
 from adaptd.learning.cycle import Identity, LearnerCycle
+from adaptd.learning.evaluate import Rule
 from adaptd.learning.learner import DraftLearner
 from adaptd.models import load
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
@@ -59,6 +60,12 @@ def draft_learner(config: Config, draft: AdaptedDraft) -> DraftLearner:
     return DraftLearner(draft, k=config.engine.k, **config.learn.model_dump(include=set(DraftLearner.OPTIONS)))
 
 
+def serving_rule(config: Config) -> Rule:
+    """How the engine that serves accepts: adaptd's own by rejection sampling, vLLM as section `upstream` says."""
+    greedy = config.engine.kind == "vllm" and config.upstream.draft_sampling == "greedy"
+    return "greedy_draft" if greedy else "rejection"
+
+
 def learner_cycle(
     config: Config,
     draft: AdaptedDraft,
@@ -78,6 +85,7 @@ def learner_cycle(
         k=config.engine.k,
         state_file=home / "learner" / "state.safetensors",
         rng=rng,
+        rule=serving_rule(config),
     )
 
 

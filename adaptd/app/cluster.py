@@ -28,10 +28,12 @@ class Cluster:
 
     def __init__(self, config: Config, *, log_to_driver: bool = True) -> None:
         self._config = config
+        #: None where somebody else decodes.
+        self._decoders = config.engine.decoders if config.engine.kind == "native" else 0
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": log_to_driver}
         if config.ray.address == "local":
             # Shares are fractions, so a machine with one core can still place every actor.
-            cpus = config.engine.decoders * config.ray.decoder_cpus + config.ray.learner_cpus
+            cpus = self._decoders * config.ray.decoder_cpus + config.ray.learner_cpus
             options |= {
                 "address": "local",
                 "num_cpus": max(os.cpu_count() or 1, int(cpus + 1)),
@@ -41,7 +43,7 @@ class Cluster:
         else:
             options["address"] = config.ray.address
         ray.init(**options)
-        bundles = [self._resources("decoder") for _ in range(config.engine.decoders)] + [self._resources("learner")]
+        bundles = [self._resources("decoder") for _ in range(self._decoders)] + [self._resources("learner")]
         self._group = placement_group(bundles, strategy=config.ray.placement)
         if not self._group.wait(_PLACEMENT_TIMEOUT_S):
             ray.shutdown()
@@ -70,13 +72,13 @@ class Cluster:
             actor.options(max_concurrency=_DECODER_CONCURRENCY, **self._options("decoder", i)).remote(
                 self._config, i, buffer_url
             )
-            for i in range(self._config.engine.decoders)
+            for i in range(self._decoders)
         ]
 
     def learner(self, buffer_url: str) -> Any:
         """Start the learner actor; returns its handle."""
         actor = ray.remote(concurrency_groups={"control": 2})(LearnerActor)  # type: ignore[call-overload]
-        return actor.options(**self._options("learner", self._config.engine.decoders)).remote(self._config, buffer_url)
+        return actor.options(**self._options("learner", self._decoders)).remote(self._config, buffer_url)
 
     def close(self) -> None:
         """Kill the actors and leave the cluster."""

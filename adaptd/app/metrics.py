@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,13 +12,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from adaptd import __version__
 
 if TYPE_CHECKING:
-    from adaptd.app.daemon import Daemon
+    from adaptd.app.adaptation import Adaptation
 
 
 class Metrics:
     """Collects from the daemon's own counters at every scrape; nothing is counted twice."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Adaptation) -> None:
         self._daemon = daemon
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -87,6 +87,8 @@ def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
         for stratum, size in buffer["sizes"].items():  # type: ignore[attr-defined]
             family.add_metric([stratum], size)
         yield family
+    if "proxy" in status:
+        yield from _proxy(status["proxy"], status["upstream"])  # type: ignore[arg-type]
     learner: dict[str, float] | None = status["learner"]  # type: ignore[assignment]
     if learner is not None:
         for key, text in (
@@ -97,3 +99,26 @@ def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
             ("restarts", "Restarts of the learner from a published version."),
         ):
             yield _counter(f"adaptd_learner_{key}_total", text, learner[key])
+
+
+def _proxy(proxy: dict[str, Any], upstream: dict[str, Any]) -> Iterator[Metric]:
+    """Of a daemon in front of a vLLM server."""
+    yield _gauge("adaptd_upstream_up", "1 if the server behind the proxy answers.", float(upstream["up"]))
+    for key, text in (
+        ("requests", "Requests that reached the proxy."),
+        ("aborted", "Clients that left before their answer was complete."),
+        ("unreachable", "Requests that the server did not answer."),
+        ("broken", "Answers that the server broke off."),
+        ("resent", "Requests sent again without additions after a refusal."),
+        ("faults", "Failures of the proxy's own; the request went on without it."),
+    ):
+        yield _counter(f"adaptd_proxy_{key}_total", text, proxy[key])
+    yield _gauge("adaptd_proxy_in_flight", "Requests being passed.", proxy["in_flight"])
+    family = CounterMetricFamily("adaptd_proxy_uncaptured_total", "Requests not captured.", labels=["reason"])
+    for reason, count in proxy["uncaptured"].items():
+        family.add_metric([reason], count)
+    yield family
+    family = CounterMetricFamily("adaptd_proxy_traces_refused_total", "Answers without a trace.", labels=["reason"])
+    for reason, count in {**proxy["refused"], "queue full": proxy["dropped"]}.items():
+        family.add_metric([reason], count)
+    yield family

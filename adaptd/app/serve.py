@@ -8,16 +8,20 @@ import os
 import signal
 import socket
 import time
+from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from adaptd import events, log
 from adaptd.app.daemon import Daemon
-from adaptd.app.service import DaemonService
+from adaptd.app.service import DaemonService, OperationsService
+from adaptd.app.sidecar import SidecarDaemon
 from adaptd.config import Config
 from adaptd.errors import AdaptdError
 from adaptd.log import logger
-from adaptd.server.app import create_app
+from adaptd.server.app import create_app, create_operations_app
+from adaptd.sidecar.dispatch import Dispatch
 
 _log = logger(__name__)
 
@@ -47,18 +51,38 @@ def bind(config: Config) -> socket.socket:
         ) from error
 
 
+def _build(config: Config) -> tuple[Daemon | SidecarDaemon, ASGIApp]:
+    """The daemon of this kind of engine, and its application."""
+    token = config.server.admin_token
+    admin: dict[str, Any] = {
+        "admin_token": token.get_secret_value() if token else None,
+        "admin_remote": config.server.admin_remote,
+    }
+    if config.engine.kind == "vllm":
+        sidecar = SidecarDaemon(config)
+        return sidecar, Dispatch(create_operations_app(OperationsService(sidecar), **admin), sidecar.proxy)
+    daemon = Daemon(config)
+    return daemon, create_app(DaemonService(daemon), **admin)
+
+
 async def _serve(config: Config) -> None:
     started = time.monotonic()
     listener = bind(config)
     host, port = listener.getsockname()[:2]
     url = f"http://{host}:{port}"
-    daemon = Daemon(config)
-    service = DaemonService(daemon)
-    token = config.server.admin_token
-    app = create_app(
-        service, admin_token=token.get_secret_value() if token else None, admin_remote=config.server.admin_remote
+    daemon, app = _build(config)
+    # A proxied answer brings the server's own headers; ours beside them would be doubled.
+    own_headers = config.engine.kind == "native"
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=own_headers,
+            date_header=own_headers,
+        )
     )
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
     stopping = asyncio.Event()
 
     def on_signal() -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from adaptd.app.adaptation import Adaptation
 from adaptd.app.daemon import Daemon
 from adaptd.app.metrics import Metrics
 from adaptd.decoding.request import DecodeRequest, Delta, SamplingParams
@@ -15,7 +16,39 @@ from adaptd.models.chat import render_chat
 from adaptd.server.service import Chunk, CompletionInput, Limits, SpeculativeStats, Usage
 
 
-class DaemonService:
+class OperationsService:
+    """Implements `adaptd.server.service.Operations` for any daemon."""
+
+    def __init__(self, daemon: Adaptation) -> None:
+        self._daemon = daemon
+        self._metrics = Metrics(daemon)
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether a request would be served now."""
+        return self._daemon.ready()
+
+    async def status(self, since: str | None) -> Mapping[str, Any]:
+        """The daemon's status."""
+        return await self._daemon.status()
+
+    def metrics(self) -> bytes:
+        """Prometheus text."""
+        return self._metrics.expose()
+
+    async def checkpoints_list(self) -> Sequence[Mapping[str, Any]]:
+        """Published versions."""
+        return self._daemon.versions()
+
+    async def promote(self, version: int) -> Mapping[str, Any]:
+        """Publish an earlier version again."""
+        return await self._daemon.promote(version)
+
+    async def rollback(self) -> Mapping[str, Any]:
+        """Publish the parent of the live version."""
+        return await self._daemon.rollback("asked for by an operator")
+
+
+class DaemonService(OperationsService):
     """Implements `adaptd.server.service.Service` for one daemon.
 
     Raises:
@@ -23,13 +56,13 @@ class DaemonService:
     """
 
     def __init__(self, daemon: Daemon) -> None:
+        super().__init__(daemon)
         config = daemon.config
         folder = load.resolve(config.target.model, "target")
-        self._daemon = daemon
+        self._generator = daemon
         self._tokenizer = load.load_tokenizer(folder)
         context, vocabulary = load.model_limits(folder)
         self._limits = Limits(min(config.engine.max_length, context), vocabulary)
-        self._metrics = Metrics(daemon)
 
     def models(self) -> Sequence[str]:
         """The one model name of the configuration."""
@@ -68,33 +101,9 @@ class DaemonService:
             tenant=request.tenant or "",
             store=request.store,
         )
-        async with aclosing(self._daemon.generate(decode, request.stream)) as deltas:
+        async with aclosing(self._generator.generate(decode, request.stream)) as deltas:
             async for delta in deltas:
                 yield _chunk(delta, request)
-
-    def ready(self) -> tuple[bool, str]:
-        """Whether a request would be served now."""
-        return self._daemon.ready()
-
-    async def status(self, since: str | None) -> Mapping[str, Any]:
-        """The daemon's status."""
-        return await self._daemon.status()
-
-    def metrics(self) -> bytes:
-        """Prometheus text."""
-        return self._metrics.expose()
-
-    async def checkpoints_list(self) -> Sequence[Mapping[str, Any]]:
-        """Published versions."""
-        return self._daemon.versions()
-
-    async def promote(self, version: int) -> Mapping[str, Any]:
-        """Publish an earlier version again."""
-        return await self._daemon.promote(version)
-
-    async def rollback(self) -> Mapping[str, Any]:
-        """Publish the parent of the live version."""
-        return await self._daemon.rollback("asked for by an operator")
 
 
 def _chunk(delta: Delta, request: CompletionInput) -> Chunk:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adaptd import events
 from adaptd.config import GateConfig, LearnConfig
+from adaptd.learning.evaluate import Rule
 from adaptd.learning.jury import Jury, Ruling
 from adaptd.learning.learner import DraftLearner
 from adaptd.log import logger
@@ -74,6 +75,7 @@ class LearnerCycle:
     Args:
       k: tokens proposed a round by the decoders: the gate scores at this depth.
       clock: seconds since the epoch.
+      rule: how the engine that serves accepts; the gate scores by it.
     """
 
     def __init__(
@@ -89,11 +91,12 @@ class LearnerCycle:
         state_file: Path,
         rng: np.random.Generator,
         clock: Callable[[], float] = time.time,
+        rule: Rule = "rejection",
     ) -> None:
         self._table, self._store, self._learner, self._identity = table, store, learner, identity
         self._learn = learn
         self._state_file, self._rng, self._clock = state_file, rng, clock
-        self._jury = Jury(table, learner, gate, k=k, max_tokens=learn.max_tokens, rng=rng)
+        self._jury = Jury(table, learner, gate, k=k, max_tokens=learn.max_tokens, rng=rng, rule=rule)
         self._hold = 1.0
         self._effort = 1.0
         self._last_key = NO_KEY

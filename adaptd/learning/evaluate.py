@@ -2,12 +2,14 @@
 
 Given the emitted token x, a draft with probability q(x) would have had it accepted with probability min(1, q(x)/p(x))
 under rejection sampling (Leviathan et al. 2023, eq. 1 read backwards), and exactly when it is the draft's argmax under
-greedy decoding. The expected number of rounds along the text follows (`policies.acceptance`).
+greedy decoding, or under any decoding where the engine drafts greedily (vLLM's default). The expected number of rounds
+along the text follows (`policies.acceptance`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,8 +21,11 @@ from buffers.trace import Trace
 from policies.acceptance import Profile, accept_probability, acceptance_profiles
 from policies.warp import served_probs
 
+#: How the engine that serves drafts and accepts, as in `policies.acceptance`.
+Rule = Literal["rejection", "greedy_draft"]
 
-def acceptance(logits: Tensor, batch: Batch, traces: Sequence[Trace]) -> list[np.ndarray]:
+
+def acceptance(logits: Tensor, batch: Batch, traces: Sequence[Trace], rule: Rule = "rejection") -> list[np.ndarray]:
     """Per trace, the probability that each captured position would have been accepted: arrays [R] float64."""
     token = batch.token_ids[:, None]
     greedy = (logits.argmax(-1) == batch.token_ids).double().numpy(force=True)
@@ -30,7 +35,7 @@ def acceptance(logits: Tensor, batch: Batch, traces: Sequence[Trace]) -> list[np
     for trace, length in zip(traces, batch.lengths, strict=True):
         rows = slice(start, start + length)
         start += length
-        if trace.temperature == 0:
+        if trace.temperature == 0 or rule == "greedy_draft":
             parts.append(greedy[rows])
             continue
         probs = served_probs(logits[rows], trace.temperature, trace.top_k, trace.top_p)
@@ -54,7 +59,13 @@ def served_logprob(batch: Batch) -> Tensor:
 
 @torch.inference_mode()
 def profiles(
-    model: PreTrainedModel, traces: Sequence[Trace], k: int, *, max_tokens: int, batch_traces: int = 32
+    model: PreTrainedModel,
+    traces: Sequence[Trace],
+    k: int,
+    *,
+    max_tokens: int,
+    batch_traces: int = 32,
+    rule: Rule = "rejection",
 ) -> list[Profile]:
     """What decoding each trace's answer with this draft would have cost: expected rounds, acceptances by depth.
 
@@ -64,6 +75,7 @@ def profiles(
       k: tokens proposed a round.
       max_tokens: longest sequence in a forward pass.
       batch_traces: traces a forward pass; similar lengths go together.
+      rule: of the engine that will serve this draft.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(traces)), key=lambda i: len(traces[i].tokens))
@@ -72,5 +84,5 @@ def profiles(
         chosen = order[start : start + batch_traces]
         group = [traces[i] for i in chosen]
         batch = collate(group, max_tokens, device)
-        accepted |= zip(chosen, acceptance(draft_logits(model, batch), batch, group), strict=True)
+        accepted |= zip(chosen, acceptance(draft_logits(model, batch), batch, group, rule), strict=True)
     return acceptance_profiles([accepted[i] for i in range(len(traces))], k)

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from adaptd.config import GateConfig
-from adaptd.learning.evaluate import profiles
+from adaptd.learning.evaluate import Rule, profiles
 from adaptd.learning.learner import DraftLearner
 from buffers.table import ReplaySample, ReplayTable
 from policies.gate import GAIN_STRATUM, Score, Verdict, better_on_floor, judge, served
@@ -51,6 +51,7 @@ class Jury:
       learner: lends its draft for scoring; its weights are in place again afterwards.
       k: tokens proposed a round.
       max_tokens: longest sequence in a forward pass.
+      rule: how the engine that serves accepts a proposal.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class Jury:
         k: int,
         max_tokens: int,
         rng: np.random.Generator,
+        rule: Rule = "rejection",
     ) -> None:
         self._table, self._learner, self._gate = table, learner, gate
         self._k, self._max_tokens, self._rng = k, max_tokens, rng
+        self._rule: Rule = rule
         self._floor_scores: dict[int, Score] = {}
         self.stand_at({}, ())
 
@@ -121,7 +124,8 @@ class Jury:
         learning = draft.state()
         draft.load(tensors)
         try:
-            found = profiles(draft.model, [s.trace for _, s in samples], self._k, max_tokens=self._max_tokens)
+            traces = [s.trace for _, s in samples]
+            found = profiles(draft.model, traces, self._k, max_tokens=self._max_tokens, rule=self._rule)
         finally:
             draft.load(learning)
         return [

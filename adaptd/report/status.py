@@ -103,6 +103,26 @@ def _swap_row(decoders: list[dict[str, Any]]) -> str:
     return f"{swaps} swaps, {refusals} refused, longest pause {pause * 1e3:.1f} ms"
 
 
+def _server_row(upstream: dict[str, Any]) -> str:
+    if not upstream["up"]:
+        return f"[red]down[/]: {upstream['error']} (adaptd looks again)"
+    captured = f"top {upstream['top_logprobs']} of {upstream['capture_share']:.0%} of the requests captured"
+    acceptance = (
+        ""
+        if upstream["per_step"]
+        else "; [red]no acceptance[/]: start it with --per-request-spec-decode-metrics detailed"
+    )
+    return f"{upstream['url']}, vLLM {upstream['version']}; {upstream['reason'] or captured}{acceptance}"
+
+
+def _proxy_row(proxy: dict[str, Any]) -> str:
+    why = ", ".join(f"{name} {count:,}" for name, count in proxy["uncaptured"].items())
+    return (
+        f"{proxy['requests']:,} requests, {proxy['built']:,} traces; not captured: {why or 'none'}; "
+        f"aborted {proxy['aborted']:,}, unreachable {proxy['unreachable']:,}, faults {proxy['faults']:,}"
+    )
+
+
 def _drift_row(drift: dict[str, Any]) -> str:
     parts = [f"{name} {state['mean']:.0%} (n {state['n']})" for name, state in drift["state"].items()]
     last = drift["events"][-1] if drift["events"] else None
@@ -131,18 +151,22 @@ def verdict_table(learner: dict[str, Any] | None) -> Table:
 
 def render(status: dict[str, Any]) -> RenderableType:
     """The whole status."""
+    upstream = "upstream" in status
     head = Table(show_header=False, box=None, expand=True)
     head.add_column("key", style="bold", no_wrap=True)
     head.add_column("value")
     rows = {
         "engine": f"{status['engine']}, k = {status['k']}, up {_age(status['uptime_s'])}, {status['in_flight']} in flight",
+        **({"server": _server_row(status["upstream"]), "proxy": _proxy_row(status["proxy"])} if upstream else {}),
         "draft": _draft_row(status),
         "drift": _drift_row(status["acceptance"]["drift"]),
         "buffer": _buffer_row(status["buffer"]),
         "traces": _writer_row(status["decoders"]),
-        "recall": _recall_row(status["decoders"]),
+        **({} if upstream else {"recall": _recall_row(status["decoders"])}),
         "learner": _learner_row(status["learner"]),
-        "swaps": _swap_row(status["decoders"]),
+        "swaps": _swap_row(status["decoders"])
+        if not upstream or status["upstream"]["publisher"]
+        else "no publisher is configured: versions stay in the store",
     }
     for key, value in rows.items():
         head.add_row(key, value)

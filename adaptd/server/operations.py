@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from adaptd.errors import RequestRefused, UnknownModel
-from adaptd.server.service import Service
+from adaptd.server.service import Operations, Service
 
 #: Seconds after which a probe or a client may ask a daemon again that is loading or draining.
 _RETRY_S = 1
@@ -45,23 +45,25 @@ class PromoteRequest(BaseModel):
     version: int = Field(ge=1)
 
 
-def router(service: Service, *, admin_token: str | None, admin_remote: bool) -> APIRouter:
+def router(service: Operations, *, admin_token: str | None, admin_remote: bool) -> APIRouter:
     """The routes in front of `service`; see `adaptd.server.app.create_app` for the arguments."""
     routes = APIRouter()
-    _models(routes, service)
     _health(routes, service)
     _status(routes, service)
     _checkpoints(routes, service, admin_token, admin_remote)
     return routes
 
 
-def _models(routes: APIRouter, service: Service) -> None:
+def models(service: Service) -> APIRouter:
+    """The routes that list models."""
+    routes = APIRouter()
+
     def card(name: str) -> dict[str, Any]:
         context = service.limits().context_length
         return {"id": name, "object": "model", "created": _CREATED, "owned_by": "adaptd", "max_model_len": context}
 
     @routes.get("/v1/models")
-    async def models() -> Response:
+    async def listed() -> Response:
         return JSONResponse({"object": "list", "data": [card(name) for name in service.models()]})
 
     @routes.get("/v1/models/{name:path}")
@@ -72,8 +74,10 @@ def _models(routes: APIRouter, service: Service) -> None:
             )
         return JSONResponse(card(name))
 
+    return routes
 
-def _health(routes: APIRouter, service: Service) -> None:
+
+def _health(routes: APIRouter, service: Operations) -> None:
     @routes.get("/livez")
     async def livez() -> Response:
         return JSONResponse({"status": "live"})
@@ -91,7 +95,7 @@ def _health(routes: APIRouter, service: Service) -> None:
         return Response(service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _status(routes: APIRouter, service: Service) -> None:
+def _status(routes: APIRouter, service: Operations) -> None:
     page, policy = _dashboard()
 
     @routes.get("/adaptd/status")
@@ -103,7 +107,7 @@ def _status(routes: APIRouter, service: Service) -> None:
         return HTMLResponse(page, headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
 
-def _checkpoints(routes: APIRouter, service: Service, token: str | None, remote: bool) -> None:
+def _checkpoints(routes: APIRouter, service: Operations, token: str | None, remote: bool) -> None:
     async def administrator(request: Request) -> None:
         _authorise(request, token, remote)
 

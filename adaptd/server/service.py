@@ -86,42 +86,8 @@ class Chunk:
     speculative: SpeculativeStats | None = None
 
 
-class Service(Protocol):
-    """The daemon as the HTTP layer sees it. Calls come from one event loop; the synchronous ones must be quick."""
-
-    def models(self) -> Sequence[str]:
-        """Names that requests may use; the first is meant where a request names none."""
-        ...
-
-    def limits(self) -> Limits:
-        """Limits of the models that are loaded."""
-        ...
-
-    def encode(self, text: str) -> Sequence[int]:
-        """Token ids of a plain prompt, with whatever special tokens the tokenizer puts in front."""
-        ...
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
-    ) -> Sequence[int]:
-        """Token ids of the conversation under the target's chat template, ready for the assistant's answer.
-
-        Messages have `role`, `content` (a string or None) and, where sent, `name`, `tool_calls`, `tool_call_id`.
-
-        Raises:
-            RequestRefused: there is no template, or it does not take this conversation.
-        """
-        ...
-
-    def generate(self, request: CompletionInput) -> AsyncGenerator[Chunk, None]:
-        """Generate one sequence: an async generator whose last chunk has a finish reason.
-
-        Closing it early (`aclose`, or cancellation while it waits) aborts the sequence in the decoder.
-
-        Raises:
-            Overloaded, DecoderStopped: on the first or any later step.
-        """
-        ...
+class Operations(Protocol):
+    """A daemon but for generation. Calls come from one event loop; the synchronous ones must be quick."""
 
     def ready(self) -> tuple[bool, str]:
         """Whether requests can be served now, and the state in a word: ready, loading, draining."""
@@ -167,5 +133,43 @@ class Service(Protocol):
 
         Raises:
             CheckpointError: there is nothing to roll back to.
+        """
+        ...
+
+
+class Service(Operations, Protocol):
+    """A daemon that generates, as the HTTP layer sees it. Calls come from one event loop."""
+
+    def models(self) -> Sequence[str]:
+        """Names that requests may use; the first is meant where a request names none."""
+        ...
+
+    def limits(self) -> Limits:
+        """Limits of the models that are loaded."""
+        ...
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Token ids of a plain prompt, with whatever special tokens the tokenizer puts in front."""
+        ...
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> Sequence[int]:
+        """Token ids of the conversation under the target's chat template, ready for the assistant's answer.
+
+        Messages have `role`, `content` (a string or None) and, where sent, `name`, `tool_calls`, `tool_call_id`.
+
+        Raises:
+            RequestRefused: there is no template, or it does not take this conversation.
+        """
+        ...
+
+    def generate(self, request: CompletionInput) -> AsyncGenerator[Chunk, None]:
+        """Generate one sequence: an async generator whose last chunk has a finish reason.
+
+        Closing it early (`aclose`, or cancellation while it waits) aborts the sequence in the decoder.
+
+        Raises:
+            Overloaded, DecoderStopped: on the first or any later step.
         """
         ...

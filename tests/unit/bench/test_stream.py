@@ -98,7 +98,7 @@ def test_shipped_learners_fit_the_configuration(path: Path) -> None:
         for key, value in values.items():
             assert getattr(getattr(config, section), key) == value
     assert spec.about
-    assert spec.kind == "frozen" or spec.rates or name.startswith("offline/") or name.startswith("ablate/")
+    assert spec.kind == "frozen" or spec.rates or name.startswith(("offline/", "ablate/"))
     assert spec.with_rate(0.5).configured(load(None)).learn.lr == 0.5
     assert not spec.with_rate(0.5).rates, "or the oracle would be swept again"
 

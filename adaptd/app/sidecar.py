@@ -1,0 +1,249 @@
+"""The daemon beside a vLLM server: the proxy in front of it, and the loop behind.
+
+Requests pass from the moment the port is open: what is below only ever adds to them. Shutdown order: not ready, wait for
+the answers in flight, write the pending traces, then as every daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from adaptd import __version__, events
+from adaptd.app.adaptation import Adaptation
+from adaptd.config import Config
+from adaptd.errors import ConfigError
+from adaptd.log import logger
+from adaptd.models import load
+from adaptd.report.monitor import Finished, Monitor
+from adaptd.sidecar.capture import Captured, CaptureThread
+from adaptd.sidecar.headers import Labels
+from adaptd.sidecar.proxy import Done, Proxy
+from adaptd.sidecar.publish import DraftPublisher, PublishFollower
+from adaptd.sidecar.request import Plan, plan
+from adaptd.sidecar.steps import Figures, figures
+from adaptd.sidecar.traces import Provenance, settings
+from adaptd.sidecar.upstream import Upstream, make_client
+from buffers.writer import TraceWriter, WriterStats
+
+_log = logger(__name__)
+_DRAIN_POLL_S = 0.05
+
+
+class SidecarDaemon(Adaptation):
+    """One deployment in front of one server.
+
+    Args:
+      publisher: brings new versions into the server; None leaves them in the store.
+    Raises (from `start`):
+      StateDirError: the folder cannot be used. ConfigError: there is no such draft, or the configuration asks for what
+        vLLM does not tell.
+    """
+
+    def __init__(self, config: Config, *, publisher: DraftPublisher | None = None, log_to_driver: bool = True) -> None:
+        if config.capture.positions != "all":
+            raise ConfigError(
+                f"capture.positions ({config.capture.positions!r}) must be 'all' with engine.kind vllm, which does not "
+                "say which tokens were rejected"
+            )
+        super().__init__(config, log_to_driver=log_to_driver)
+        self.upstream = Upstream(config.upstream)
+        self.follower = PublishFollower(self.store, publisher)
+        self._client = make_client(config.upstream)
+        self._share = random.Random(config.seed)
+        self._capture: CaptureThread | None = None
+        self._writer: TraceWriter | None = None
+        self.proxy = Proxy(
+            self._client,
+            self._plan,
+            self._report,
+            lambda: self.follower.version,
+            development_routes=config.upstream.development_routes,
+        )
+
+    async def start(self, url: str = "", after_cluster: Callable[[], None] | None = None) -> None:
+        """Bring up folder, buffer, learner and scheduler; requests pass already.
+
+        Args:
+          url: where the daemon listens, announced in its folder; empty if nowhere.
+          after_cluster: called in the event loop's thread once Ray is up.
+        """
+        started = time.monotonic()
+        load.resolve(self.config.draft.model, "draft")
+        await self._open()
+        self._writer = TraceWriter(self.table, max_pending=self.config.capture.max_pending)
+        await self.upstream.wait(self.config.upstream.wait_s)
+        self._adopt_k()
+        self._capture = CaptureThread(self._writer.append, self.config.capture.max_pending)
+        self._start_scheduler()
+        self._every(self.config.upstream.poll_s, self.upstream.poll)
+        self._every(self.config.checkpoints.poll_s, self.follower.poll)
+        if url:
+            self._state.announce(url)
+        self.serving = True
+        # Last, and not waited for: traces are worth having before there is somebody to learn from them.
+        await self._join_cluster(after_cluster)
+        self._start_ticking()
+        _log.info(
+            events.SERVICE_STARTED,
+            version=__version__,
+            deployment=self.config.deployment,
+            decoders=0,
+            draft_version=self.store.current() or 0,
+            buffer=self.config.buffer.url,
+            seconds=round(time.monotonic() - started, 2),
+        )
+
+    def _adopt_k(self) -> None:
+        """The server decides how many tokens are drafted a step; gate and monitor count at its depth."""
+        k = self.upstream.capabilities.k
+        if k is not None and k != self.config.engine.k:
+            engine = self.config.engine.model_copy(update={"k": k})
+            self.config = self.config.model_copy(update={"engine": engine})
+            self.monitor = Monitor(k, self.config.drift.delta)
+
+    def _plan(self, path: str, body: bytes, labels: Labels) -> Plan | None:
+        able = self.upstream.capabilities
+        if not able.models:
+            return None
+        return plan(
+            path,
+            body,
+            top_logprobs=able.top_logprobs,
+            capture=self._why_not(labels),
+            ask_usage=not able.usage_forced and not able.reason,
+            models=able.models,
+        )
+
+    def _why_not(self, labels: Labels) -> str | None:
+        """Why a request is not captured, whatever is in it; None if it may be."""
+        if self._capture is None:
+            return "starting"
+        if not labels.store:
+            return "opted out"
+        return None if self._share.random() < self.config.upstream.capture_share else "not in the share"
+
+    def _report(self, done: Done) -> None:
+        """Count an answer, hand it to the capture thread. Called in the event loop, after the client has its answer."""
+        found = figures(done.seen.speculative)
+        tokens = int((done.seen.usage or {}).get("completion_tokens") or 0)
+        self.observe(_finished(done, found, self.config.engine.k))
+        _log.info(
+            events.REQUEST_FINISHED,
+            request_id=done.seen.answer_id,
+            domain=done.labels.domain,
+            tokens=tokens,
+            rounds=found.rounds if found else 0,
+            mal=round(1 + found.accepted / found.rounds, 3) if found and found.rounds else None,
+            draft_version=done.draft_version,
+            finish_reason=next((c.finish_reason for c in done.seen.choices.values()), None),
+            seconds=round(done.seconds, 4),
+        )
+        if done.plan.captured and self._capture is not None:
+            self._capture.put(Captured(done.seen, found, self._provenance(done)))
+
+    def _provenance(self, done: Done) -> Provenance:
+        config = self.config
+        temperature, top_p, top_k = settings(done.plan.sampling, config.upstream.temperature)
+        return Provenance(
+            target_id=self.upstream.capabilities.target_id,
+            draft_version=done.draft_version,
+            domain=done.labels.domain,
+            tenant=done.labels.tenant,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            max_tokens=config.capture.max_tokens,
+            reserved_share=config.capture.reserved_share,
+        )
+
+    async def status(self) -> dict[str, Any]:
+        """Everything `adaptd status` shows, as JSON values; the server stands for the decoders."""
+        capture, writer = self._capture, self._writer
+        stats = writer.stats() if writer else WriterStats(0, 0, 0, 0, 0, False, None)
+        self.snapshot = {
+            **await self._common_status(),
+            "in_flight": self.proxy.counts.in_flight,
+            "decoders": [
+                {
+                    "draft_version": self.follower.version,
+                    "engine": {"recalled": 0},
+                    "swap": self.follower.counts,
+                    "writer": dataclasses.asdict(stats),
+                }
+            ],
+            "decoders_lost": 0,
+            "upstream": {
+                "url": _masked(self.config.upstream.url),
+                "up": self.upstream.up,
+                "error": self.upstream.error,
+                "since": self.upstream.since,
+                "publisher": self.follower.configured,
+                "capture_share": self.config.upstream.capture_share,
+                **dataclasses.asdict(self.upstream.capabilities),
+            },
+            "proxy": {
+                **dataclasses.asdict(self.proxy.counts),
+                "uncaptured": dict(self.proxy.counts.uncaptured),
+                "built": capture.built if capture else 0,
+                "dropped": capture.dropped if capture else 0,
+                "refused": dict(capture.refused) if capture else {},
+            },
+        }
+        return self.snapshot
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether a request would be served now: the server alone decides, not the learner."""
+        if self.draining:
+            return False, "draining"
+        return (True, "ready") if self.upstream.up else (False, f"the server is not up: {self.upstream.error}")
+
+    async def flush(self) -> None:
+        """Write every pending trace to the buffer."""
+        if self._capture is not None and self._writer is not None:
+            await asyncio.to_thread(self._capture.flush)
+            await asyncio.to_thread(self._writer.flush, 5.0)
+
+    async def stop(self) -> None:
+        """Take everything down in order; safe after a failed start."""
+        started = time.monotonic()
+        self.draining = True
+        _log.info(events.SERVICE_DRAINING, in_flight=self.proxy.counts.in_flight)
+        while self.proxy.counts.in_flight and time.monotonic() - started < self.config.server.drain_s:
+            await asyncio.sleep(_DRAIN_POLL_S)
+        self.proxy.closing = True
+        for part in (self._capture, self._writer):
+            if part is not None:
+                await asyncio.to_thread(part.close, 5.0)
+        await self._take_down()
+        await self.upstream.close()
+        await self._client.aclose()
+        _log.info(events.SERVICE_STOPPED, seconds=round(time.monotonic() - started, 2))
+
+
+def _finished(done: Done, found: Figures | None, k: int) -> Finished:
+    """Counts of one answer as the server gives them: emitted / rounds is its own mean acceptance length."""
+    if found is None:
+        return Finished(done.labels.domain, 0, 0, 0, 0, (), (), done.draft_version)
+    reached, accepted = found.steps.by_depth() if found.steps else ((), ())
+    return Finished(
+        domain=done.labels.domain,
+        emitted=found.rounds + found.accepted,
+        rounds=found.rounds,
+        proposed=found.proposed,
+        accepted=found.accepted,
+        reached_at=reached[:k],
+        accepted_at=accepted[:k],
+        draft_version=done.draft_version,
+    )
+
+
+def _masked(url: str) -> str:
+    """The address without user and password."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

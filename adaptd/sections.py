@@ -1,0 +1,40 @@
+"""The base of every section of the configuration, and the section of the server behind the proxy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+
+class Section(BaseModel):
+    """Frozen; an unknown key is an error; the text under a field is its description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class UpstreamConfig(Section):
+    """The vLLM server behind the proxy (`engine.kind: vllm`)."""
+
+    url: str = Field("http://127.0.0.1:8000", pattern=r"^(https?://[^/\s]+(/\S*)?|unix:///\S+)$")
+    """Address of the server: `http://`, `https://`, or `unix:///path/to/socket`."""
+    api_key: SecretStr | None = None
+    """Bearer token of adaptd's own calls; a client's request goes on with the token that it came with."""
+    connect_timeout_s: float = Field(5.0, gt=0)
+    """Seconds to wait for a connection to the server."""
+    read_timeout_s: float | None = Field(None, gt=0)
+    """Seconds without a byte from the server after which a request is given up; none: never."""
+    wait_s: float = Field(30.0, ge=0)
+    """Seconds that the start waits for the server; after them it goes on and looks every `poll_s`."""
+    poll_s: float = Field(2.0, gt=0)
+    """Seconds between two looks at the server's health."""
+    top_logprobs: int = Field(8, ge=1, le=256)
+    """Most likely target tokens asked for at each position; bounded by the server's --max-logprobs."""
+    capture_share: float = Field(0.5, ge=0, le=1)
+    """Share of requests that are captured; the acceptance of the others is counted, their tokens are not asked for."""
+    draft_sampling: Literal["greedy", "probabilistic"] = "greedy"
+    """The server's draft_sample_method: it decides what acceptance means, so learner and gate follow it."""
+    temperature: float = Field(1.0, ge=0)
+    """Temperature of requests that name none: the model's generation_config, else 1."""
+    development_routes: bool = False
+    """Pass vLLM's development routes (/pause, /update_weights, /collective_rpc, ...), which no API key guards."""

@@ -1,0 +1,289 @@
+"""The reverse proxy: every request goes to the server, every answer comes back, as soon as there is a byte of it.
+
+Plain ASGI over httpx. Nothing of adaptd's own can stop a request: what goes wrong in planning, restoring or reporting is
+counted, and the bytes go on as they are. A client that leaves closes its connection to the server, which makes vLLM abort
+the request. A request that was added to and refused (400, 422) is sent again as it came, so that an error is always the
+server's answer to what the client sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote
+
+import httpx
+from starlette.types import Message, Receive, Scope, Send
+
+from adaptd import events
+from adaptd.log import logger
+from adaptd.sidecar.answer import Seen, StreamRestorer, restore
+from adaptd.sidecar.headers import Labels, RawHeaders, is_development_route, to_client, to_server
+from adaptd.sidecar.request import Plan
+
+_log = logger(__name__)
+#: What vLLM refuses a request with before it generates.
+_REFUSALS = (400, 422)
+_RETRY_S = b"1"
+
+
+@dataclass(slots=True)
+class Done:
+    """One request that the server answered."""
+
+    plan: Plan
+    seen: Seen
+    labels: Labels
+    draft_version: int
+    """Of the draft that served when the request began."""
+    seconds: float
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the proxy started."""
+
+    requests: int = 0
+    in_flight: int = 0
+    aborted: int = 0
+    """Clients that left before their answer was complete."""
+    unreachable: int = 0
+    """Requests that the server did not answer at all."""
+    broken: int = 0
+    """Answers that the server broke off."""
+    resent: int = 0
+    """Requests sent again without our additions because the server refused them."""
+    faults: int = 0
+    """Failures of our own; the request went on without us."""
+    uncaptured: Counter[str] = field(default_factory=Counter)
+    """Requests that were not captured, by reason."""
+
+
+class Proxy:
+    """ASGI application in front of one server.
+
+    Args:
+      client: connects to the server; its base_url is the server's root.
+      planner: (path, body, labels) to what is sent; None leaves the request alone. May raise.
+      report: called in the event loop with every request that was planned and answered; must be quick. May raise.
+      draft_version: of the draft that serves now.
+      development_routes: pass vLLM's unguarded routes.
+    """
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        planner: Callable[[str, bytes, Labels], Plan | None],
+        report: Callable[[Done], None],
+        draft_version: Callable[[], int] = lambda: 0,
+        *,
+        development_routes: bool = False,
+    ) -> None:
+        self._client, self._planner, self._report = client, planner, report
+        self._draft_version, self._development_routes = draft_version, development_routes
+        self.counts = Counts()
+        self.closing = False
+        """True refuses what still comes, with a retry: the connections to the server are about to close."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection; only HTTP is."""
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1013})
+            return
+        self.counts.requests += 1
+        self.counts.in_flight += 1
+        try:
+            body = await _body(receive)
+            if body is None:
+                self.counts.aborted += 1
+                return
+            await self._until_gone(self._exchange(scope, body, send), receive)
+        finally:
+            self.counts.in_flight -= 1
+
+    async def _until_gone(self, work: Any, receive: Receive) -> None:
+        """Do `work` unless the client leaves first."""
+        working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                self.counts.aborted += 1
+                working.cancel()
+            await working
+        except asyncio.CancelledError:
+            if not working.cancelled():
+                working.cancel()
+                raise
+        finally:
+            watching.cancel()
+
+    async def _exchange(self, scope: Scope, body: bytes, send: Send) -> None:
+        if self.closing:
+            await _refuse(send, 503, "adaptd is shutting down; retry", "server_error")
+            return
+        started = time.monotonic()
+        headers: RawHeaders = scope["headers"]
+        url = _url(self._client.base_url, scope)
+        relative = unquote(url.path)[len(self._client.base_url.path.rstrip("/")) :]
+        if is_development_route(relative) and not self._development_routes:
+            await _refuse(
+                send,
+                403,
+                f"{relative[:60]} is not passed on, because the server's API key does not guard it; call the server "
+                "itself, or set upstream.development_routes",
+                "permission_error",
+            )
+            return
+        labels = Labels.of(headers)
+        plan = self._plan(scope, body, labels)
+        version = self._draft_version()
+        try:
+            answer = await self._send(scope["method"], url, headers, plan.body if plan else body, plan)
+            if plan is not None and plan.body != body and answer.status_code in _REFUSALS:
+                await answer.aclose()
+                self.counts.resent += 1
+                plan = None
+                answer = await self._send(scope["method"], url, headers, body, None)
+        except httpx.TransportError as error:
+            self.counts.unreachable += 1
+            _log.warning(events.UPSTREAM_UNREACHABLE, error=type(error).__name__)
+            timed_out = isinstance(error, httpx.ReadTimeout)
+            message = "gave no answer in time" if timed_out else "is not reachable or broke the connection"
+            await _refuse(send, 504 if timed_out else 502, f"the server behind adaptd {message}; retry", "server_error")
+            return
+        try:
+            seen = await self._relay(answer, plan, send)
+        finally:
+            await answer.aclose()
+        if plan is not None and seen is not None and answer.status_code == 200:
+            self._tell(Done(plan, seen, labels, version, time.monotonic() - started))
+
+    def _plan(self, scope: Scope, body: bytes, labels: Labels) -> Plan | None:
+        if scope["method"] != "POST":
+            return None
+        try:
+            plan = self._planner(scope["path"], body, labels)
+        except Exception as error:  # ours, not the client's: the request goes on as it came
+            self._fault("plan", error)
+            return None
+        if plan is not None and plan.why_not is not None:
+            self.counts.uncaptured[plan.why_not] += 1
+        return plan
+
+    def _tell(self, done: Done) -> None:
+        try:
+            self._report(done)
+        except Exception as error:  # ours, and the client has its answer
+            self._fault("report", error)
+
+    def _fault(self, where: str, error: Exception) -> None:
+        self.counts.faults += 1
+        _log.error(events.PROXY_FAULTED, where=where, error=type(error).__name__)
+
+    async def _send(
+        self, method: str, url: httpx.URL, headers: RawHeaders, body: bytes, plan: Plan | None
+    ) -> httpx.Response:
+        sent = [
+            (b"host", url.netloc),
+            *to_server(headers, plain=plan is not None),
+            *([(b"content-length", str(len(body)).encode())] if body or method in ("POST", "PUT", "PATCH") else []),
+        ]
+        # Not build_request: it would add headers of its own.
+        request = httpx.Request(method, url, headers=sent, stream=httpx.ByteStream(body))
+        request.extensions["timeout"] = self._client.timeout.as_dict()
+        return await self._client.send(request, stream=True)
+
+    async def _relay(self, answer: httpx.Response, plan: Plan | None, send: Send) -> Seen | None:
+        """Send the answer on; what it said, or None if it was not read or not complete."""
+        kind = answer.headers.get("content-type", "")
+        read = plan is not None and answer.status_code == 200 and "content-encoding" not in answer.headers
+        streamed = read and kind.startswith("text/event-stream")
+        whole = read and kind.startswith("application/json")
+        head: Message = {
+            "type": "http.response.start",
+            "status": answer.status_code,
+            "headers": to_client(answer.headers.raw, rewritten=streamed or whole),
+        }
+        seen: Seen | None = None
+        try:
+            if whole and plan is not None:
+                data, seen = self._restored(await answer.aread(), plan)
+                head["headers"] = [*head["headers"], (b"content-length", str(len(data)).encode())]
+                await send(head)
+                await send({"type": "http.response.body", "body": data})
+                return seen
+            restorer = StreamRestorer(plan) if streamed and plan is not None else None
+            await send(head)
+            async with aclosing(self._pieces(answer, restorer)) as pieces:
+                async for piece in pieces:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            if restorer is not None and restorer.done:
+                seen = restorer.seen
+        except httpx.TransportError as error:
+            # The headers are out: the only honest end is an incomplete answer, which is also what the server gave.
+            self.counts.broken += 1
+            _log.warning(events.UPSTREAM_BROKE_OFF, error=type(error).__name__)
+            if whole:
+                await _refuse(send, 502, "the server behind adaptd broke off its answer; retry", "server_error")
+            return None
+        await send({"type": "http.response.body", "body": b""})
+        return seen
+
+    def _restored(self, data: bytes, plan: Plan) -> tuple[bytes, Seen]:
+        try:
+            return restore(data, plan)
+        except Exception as error:
+            self._fault("restore", error)
+            return data, Seen()
+
+    async def _pieces(self, answer: httpx.Response, restorer: StreamRestorer | None) -> AsyncGenerator[bytes, None]:
+        async for data in answer.aiter_raw():
+            piece = data
+            if restorer is not None:
+                try:
+                    piece = restorer.feed(data)
+                except Exception as error:
+                    self._fault("restore", error)
+            if piece:
+                yield piece
+        if restorer is not None and (left := restorer.close()):
+            yield left
+
+
+def _url(base: httpx.URL, scope: Scope) -> httpx.URL:
+    """The same path and query at the server, percent-encoding kept."""
+    raw = base.raw_path.rstrip(b"/") + scope.get("raw_path", scope["path"].encode()).partition(b"?")[0]
+    return base.copy_with(raw_path=raw + (b"?" + scope["query_string"] if scope["query_string"] else b""))
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """The whole request body; None if the client left before its end."""
+    parts: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _refuse(send: Send, status: int, message: str, type_: str) -> None:
+    body = json.dumps({"error": {"message": message, "type": type_, "param": None, "code": "upstream"}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status >= 500:
+        headers.append((b"retry-after", _RETRY_S))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
