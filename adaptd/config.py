@@ -59,6 +59,8 @@ class AdaptConfig(_Section):
     """Width of the private expert's bottleneck."""
     gated: bool = True
     """Learned gates of the private expert and the head's correction; without them both fold into a plain model."""
+    request_gate: bool | None = None
+    """A learned gate by prompt over everything learned; none given: where gated and scope is private_expert."""
     lora_rank: int | None = Field(None, ge=0)
     """Rank of LoRA, which has no gate; 0 for none (private_expert only); none given: 16."""
     lora_alpha: float = Field(32.0, gt=0)
@@ -81,7 +83,7 @@ class LearnConfig(_Section):
     objective: Literal["forward_kl", "reverse_kl", "jsd", "tv", "kl_tv", "cross_entropy", "entropy_adaptive"] = "kl_tv"
     """Divergence between target and draft, minimised at every captured position."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """`muon`: Muon on the private expert's matrices, AdamW on everything else; `adamw`: AdamW on all."""
+    """`muon`: Muon on the matrices of private expert and LoRA, AdamW on everything else; `adamw`: AdamW on all."""
     lr: float = Field(3e-3, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
@@ -96,17 +98,17 @@ class LearnConfig(_Section):
     """On anchors follow the better of published and day-0 draft, not the target: learning without forgetting."""
     batch_traces: int = Field(8, ge=1)
     """Traces a step."""
-    steps_per_tick: int = Field(24, ge=1)
-    """Optimiser steps between two gate decisions."""
+    steps_per_tick: int = Field(56, ge=1)
+    """Optimiser steps between two gate decisions, at most: a tick that gained nothing halves the next one's, to a quarter."""
     min_new_traces: int = Field(32, ge=1)
     """New traces that make a tick due."""
     interval_s: float = Field(60.0, gt=0)
     """Seconds after which a tick is due with fewer new traces."""
     poll_s: float = Field(0.5, gt=0)
     """Seconds between two looks at the triggers."""
-    lam: float = Field(1.0, ge=0)
+    lam: float = Field(2.0, ge=0)
     """Share of SurpriseRatio-selected traces to one share of fresh ones."""
-    epsilon: float = Field(1.0, ge=0)
+    epsilon: float = Field(0.33, ge=0)
     """Share of anchor traces to one share of fresh ones."""
     mix_after: int = Field(4, ge=0)
     """Steps on fresh traces alone after a drift event or a start, before the mixture."""
@@ -114,7 +116,7 @@ class LearnConfig(_Section):
     """What makes a trace worth replaying."""
     priority_exponent: float = Field(0.7, ge=0)
     """0: uniform; 1: proportional to priority."""
-    importance_exponent: float = Field(0.5, ge=0, le=1)
+    importance_exponent: float = Field(0.0, ge=0, le=1)
     """Correction of the sampling bias; 1: full."""
     tau: float = Field(1.0, gt=0)
     """Threshold of the SurpriseRatio."""
@@ -165,6 +167,8 @@ class GateConfig(_Section):
     """Promote only if the lower bound of the relative MAL gain is above this."""
     max_regression: float = Field(0.02, ge=0)
     """No domain may lose more than this, relative."""
+    exchange: float = Field(0.1, ge=0)
+    """A domain may lose more, up to this share of what is surely gained, but not below the day-0 draft."""
     min_traces: int = Field(8, ge=2)
     """Reserved traces below which nothing is decided."""
     max_traces: int = Field(64, ge=2)

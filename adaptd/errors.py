@@ -9,7 +9,9 @@
     |  |- UnknownModel             (404)
     |  `- Overloaded               the queue is full (503, retryable)
     |- DecoderStopped (75)         the decoder that held the request died or is closing; retry (503)
-    `- DaemonUnavailable (69)      no daemon answers at the address
+    |- DaemonUnavailable (69)      no daemon answers at the address
+    |- UpstreamUnavailable (69)    the inference server does not answer
+    `- PublishFailed (1)           a version did not get into the inference server; carries the reason's slug
 
 Leaf packages have their own trees: `buffers.errors.ReplayError`, `checkpoints.errors.CheckpointError`.
 """
@@ -87,3 +89,24 @@ class DaemonUnavailable(AdaptdError):
     """No daemon answers at the configured address."""
 
     exit_code = 69
+
+
+class UpstreamUnavailable(AdaptdError):
+    """The inference server that adaptd stands beside does not answer, or not in time."""
+
+    exit_code = 69
+
+
+class PublishFailed(AdaptdError):
+    """A version did not get into, or did not stay in, the inference server; `reason` is one slug for the counter.
+
+    unsupported     the server offers no way to update its draft
+    refused         the server turned the update down; its draft is as it was
+    checkpoint      the version cannot be read, folded or written
+    target_changed  the target's weights are not what they were: outputs may differ; nothing is published any more
+    acceptance      acceptance on the probe prompts is not what the gate promised
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -152,8 +152,12 @@ def judge(
     level: float = 0.95,
     gain_stratum: str = GAIN_STRATUM,
     floor: Sequence[Score] | None = None,
+    exchange: float = 0.0,
 ) -> Verdict:
     """Promote if the gain's lower bound is above `min_gain` and no domain loses more than `max_regression`.
+
+    A domain that is not asked at present may lose more, up to `exchange` of what is surely gained: what it had won over
+    the floor is worth less than twice as fast an answer to what is asked now, and replay brings it back.
 
     The gain is measured on the traces of `gain_stratum` only. Regressions are measured per domain on the traces of all
     strata together, and by the point estimate: an interval's lower bound would let noise veto every small domain, its
@@ -173,6 +177,7 @@ def judge(
       rng, resamples, level: of the bootstrap.
       gain_stratum: whose traces decide the gain.
       floor: [N] scores of the draft that no domain may fall below, usually that of day 0; None: no such draft.
+      exchange: loss that a sure gain of 1 makes up for, at least 0; 0: a loss is a loss.
 
     Raises: ValueError: scores that do not pair up, or a limit out of range.
     """
@@ -183,6 +188,8 @@ def judge(
         raise ValueError(f"min_gain ({min_gain}) must be finite")
     if not max_regression >= 0.0:
         raise ValueError(f"max_regression ({max_regression}) must be at least 0")
+    if not exchange >= 0.0:
+        raise ValueError(f"exchange ({exchange}) must be at least 0")
     if min_traces < 2:
         raise ValueError(f"min_traces ({min_traces}) must be at least 2: one trace has no interval")
 
@@ -200,7 +207,9 @@ def judge(
     gain = interval(deciding)
     by_domain = {domain: interval(rows) for domain, rows in sorted(domains.items())}
     judged = {domain: by_domain[domain] for domain in by_domain if len(domains[domain]) >= min_traces}
-    worse = [domain for domain, change in judged.items() if change.mean < -max_regression]
+    allowed = max(max_regression, exchange * gain.low) if math.isfinite(gain.low) else max_regression
+    losing = [domain for domain, change in judged.items() if change.mean < -max_regression]
+    worse = [domain for domain in losing if judged[domain].mean < -allowed]
     sunk = {} if floor is None else _sunk(candidate, floor, domains, judged, max_regression)
     n = len(deciding)
     if n < min_traces:
@@ -210,7 +219,7 @@ def judge(
         promote, reason = False, f"gain {_percent(gain)} is not surely above {min_gain:.1%} on {n} traces"
     elif worse:
         losses = ", ".join(f"{domain} {_percent(judged[domain])}" for domain in worse)
-        promote, reason = False, f"gain {_percent(gain)}, but more than {max_regression:.1%} is lost on {losses}"
+        promote, reason = False, f"gain {_percent(gain)}, but more than {allowed:.1%} is lost on {losses}"
     elif sunk:
         losses = ", ".join(f"{domain} {change:+.1%}" for domain, change in sunk.items())
         promote, reason = (
@@ -218,11 +227,34 @@ def judge(
             f"gain {_percent(gain)}, but more than {max_regression:.1%} below the floor on {losses}",
         )
     else:
-        promote, reason = True, f"gain {_percent(gain)} on {n} traces; no domain loses more than {max_regression:.1%}"
+        promote, reason = True, f"gain {_percent(gain)} on {n} traces; no domain loses more than {allowed:.1%}"
     silent = ", ".join(f"{domain} ({len(domains[domain])})" for domain in by_domain if domain not in judged)
     if silent:
         reason += f"; too few traces to veto: {silent}"
-    return Verdict(promote, reason, gain, by_domain, n, losers=tuple(dict.fromkeys([*worse, *sunk])))
+    return Verdict(promote, reason, gain, by_domain, n, losers=tuple(dict.fromkeys([*losing, *sunk])))
+
+
+def better_on_floor(
+    opened: Sequence[Score], floor: Sequence[Score], kept: Collection[str], *, min_traces: int
+) -> frozenset[str]:
+    """Domains that the floor serves at least as well as the candidate, for a draft that can leave a domain to the floor.
+
+    Args:
+      opened, floor: [N] scores of candidate and floor on the same traces.
+      kept: domains that the floor serves now; one with fewer than `min_traces` traces stays as it is.
+    """
+    _require_pairs(opened, floor)
+    lost: defaultdict[str, list[float]] = defaultdict(list)
+    for o, f in zip(opened, floor, strict=True):
+        # The same tokens in more rounds: a shorter acceptance.
+        lost[o.domain].append(o.rounds - f.rounds)
+    found = {d for d, rounds in lost.items() if (sum(rounds) >= 0 if len(rounds) >= min_traces else d in kept)}
+    return frozenset(found | (set(kept) - lost.keys()))
+
+
+def served(opened: Sequence[Score], floor: Sequence[Score], kept: Collection[str]) -> list[Score]:
+    """Scores of a draft that leaves the domains `kept` to the floor."""
+    return [f if f.domain in kept else o for o, f in zip(opened, floor, strict=True)]
 
 
 def _sunk(

@@ -10,6 +10,12 @@ python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet --disable-pip-version-check --constraint constraints.txt "$work"/dist/*.whl
 cd "$work"
 "$work/venv/bin/adaptd" --help >/dev/null
+# What a vLLM server finds and calls; without vLLM it does nothing.
+"$work/venv/bin/python" -c "
+from importlib.metadata import entry_points
+(plugin,) = entry_points(group='vllm.general_plugins', name='adaptd')
+plugin.load()()
+"
 "$work/venv/bin/adaptd" demo --quick --json "$work/demo.json"
 "$work/venv/bin/python" - "$work/demo.json" <<'PY'
 import json, sys

@@ -13,6 +13,7 @@ from adaptd.learning.cycle import Identity
 from adaptd.log import logger
 from adaptd.models.scope import AdaptedDraft
 from checkpoints.errors import CheckpointError
+from checkpoints.manifest import Manifest
 from checkpoints.store import CheckpointStore
 from checkpoints.swap import check, copy_in_place
 
@@ -49,7 +50,7 @@ class StoreFollower:
         except CheckpointError as error:
             self._refuse(current, error)
             return False
-        report = self._loop.request_swap(lambda: self._apply(current, tensors)).result()
+        report = self._loop.request_swap(lambda: self._apply(manifest, tensors)).result()
         self.counts["swaps"] += 1
         self.counts["last_pause_s"] = report.pause_s
         self.counts["max_pause_s"] = max(self.counts["max_pause_s"], report.pause_s)
@@ -57,13 +58,14 @@ class StoreFollower:
         _log.info(events.DRAFT_SWAPPED, decoder=self._name, version=current, pause_s=round(report.pause_s, 5))
         return True
 
-    def _apply(self, version: int, tensors: dict[str, Tensor]) -> SwapResult:
-        size = 0
+    def _apply(self, manifest: Manifest, tensors: dict[str, Tensor]) -> SwapResult:
+        size, version = 0, manifest.version
         if tensors:
             size = copy_in_place(self._draft.expected(), tensors, version=version).bytes
             self._draft.refresh()
         else:
             self._draft.reset()
+        self._draft.keep_on_base(manifest.gate.get("on_base", ()))
         # The version advances after the copy: a reader never sees a number whose weights are not in place.
         self.version = version
         return SwapResult(version, len(tensors), size)

@@ -206,7 +206,9 @@ class Cycle(Learner):
         self.steps += report.steps
         if report.published is not None:
             self.version = report.published
-            self.draft.load(self._store.load(report.published)[1])
+            manifest, tensors = self._store.load(report.published)
+            self.draft.load(tensors)
+            self.draft.keep_on_base(manifest.gate.get("on_base", ()))
 
 
 def build(spec: LearnerSpec, config: Config, seed: int) -> Learner:

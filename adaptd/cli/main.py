@@ -109,6 +109,43 @@ def doctor(config: ConfigFile = None, sets: Sets = None, as_json: JsonFlag = Fal
 
 
 @app.command()
+def export(
+    where: Annotated[list[str], typer.Argument(metavar="[VERSION] OUT", help="Version (the live one), new folder.")],
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Day 0, widened and untied: what a vLLM server starts with.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as the base on disk.")] = "auto",
+    as_json: JsonFlag = False,
+    config: ConfigFile = None,
+    sets: Sets = None,
+) -> None:
+    """Write a draft version as a plain Hugging Face folder, for any engine to load."""
+    version, out = export_arguments(where, prepare)
+    settings = load_config(config, sets)
+    from adaptd.app.export import run
+
+    found = run(settings, out, version=version, prepare=prepare, dtype=dtype)
+    if as_json:
+        print_json(found)
+        return
+    kind = "the prepared day-0 draft" if prepare else f"version {found['version']}"
+    typer.echo(f"{kind} is in {found['path']}: {found['parameters']:,} parameters")
+
+
+def export_arguments(where: list[str], prepare: bool) -> tuple[int | None, Path]:
+    """Version and folder of `adaptd export [VERSION] OUT`; one argument is the folder."""
+    if len(where) > 2:
+        raise typer.BadParameter(f"expected [VERSION] OUT, got {len(where)} arguments")
+    if len(where) == 1:
+        return None, Path(where[0])
+    if not where[0].isdecimal():
+        raise typer.BadParameter(f"version ({where[0]!r}) must be a number; 0 is day 0")
+    if prepare:
+        raise typer.BadParameter("--prepare writes day 0: leave the version out")
+    return int(where[0]), Path(where[1])
+
+
+@app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A shorter run, under 90 seconds.")] = False,
     result: JsonFile = None,

@@ -200,6 +200,7 @@ class SpeculativeDecoder:
         uniforms = self._uniforms()
 
         fed, drafted, logits_seen, q_seen = self._last_two, [], [], []
+        self._draft.open_to(self._rows)
         for i in range(k):
             first, last = (0, 2) if i == 0 else (i + 1, i + 2)
             logits = self._draft.forward(
@@ -297,19 +298,20 @@ class SpeculativeDecoder:
         if wanted > self._joining_done:
             start = self._joining_done
             stop = min(wanted, start + max(1, self._prefill_tokens // len(self._joining)))
-            self._read([row.tokens[start:stop] for row in self._joining], start, stop)
+            self._read(self._joining, start, stop)
             self._joining_done = stop
         ready = 0
         while ready < len(self._joining) and self._joining[ready].prompt_len - 1 <= self._joining_done:
             ready += 1
         self._activate(ready)
 
-    def _read(self, chunks: Sequence[list[int]], start: int, stop: int) -> None:
-        """Writes positions start .. stop - 1 of the joining rows; shorter rows write padding behind their end."""
-        width = stop - start
+    def _read(self, rows: Sequence[Row], start: int, stop: int) -> None:
+        """Writes positions start .. stop - 1 of joining rows; shorter ones write padding behind their end."""
+        width, chunks = stop - start, [row.tokens[start:stop] for row in rows]
         padded = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self.device)
         positions = torch.arange(start, stop, device=self.device).expand(len(chunks), width)
         length = _round_up(stop)
+        self._draft.open_to(rows)
         for runner, tokens in ((self._target, padded), (self._draft, self._known_to_draft(padded))):
             masks = runner.masks(positions, length)
             runner.forward(tokens, positions, masks, self._joining_slot, length, last_only=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
+from torch import Tensor
 
 from adaptd.decoding.capture import Words
 from adaptd.decoding.request import DecodeRequest, Detokenize, FinishReason, RequestStats
@@ -16,6 +17,7 @@ class Row:
     """A request in a slot of the decoder."""
 
     __slots__ = (
+        "_features",
         "aborted",
         "accepted",
         "generator",
@@ -44,6 +46,13 @@ class Row:
         self.last_emitted = 0
         self.version_min = self.version_max = -1
         self.aborted = False
+        self._features: Tensor | None = None
+
+    def prompt_features(self, compute: Callable[[Sequence[Sequence[int]]], Tensor]) -> Tensor:
+        """What a request gate knows of this request, [H]; computed once. `compute`: prompts to [B, H]."""
+        if self._features is None:
+            self._features = compute([self.request.prompt_ids])[0]
+        return self._features
 
     @property
     def emitted(self) -> int:

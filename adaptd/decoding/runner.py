@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from adaptd.decoding.row import Row
 from adaptd.models.cache import RaggedCache, additive_mask, attention_windows, prepare_attention
+from adaptd.models.request_gate import conditioned, request_gate
 
 
 class ModelRunner:
@@ -39,11 +41,19 @@ class ModelRunner:
         self.windows = attention_windows(config, max_length)
         self.cache = RaggedCache(int(text.num_hidden_layers), slots, capacity, self.device)
         self._last_position = max_length - 1
+        self._gate = request_gate(model)
+        self._openness: Tensor | None = None
         self._keep_last = {"logits_to_keep": 1} if _takes_logits_to_keep(model) else {}
 
     def masks(self, positions: Tensor, length: int) -> dict[str, Tensor]:
         """The model's masks for queries at `positions` [B, Q] over `length` cache positions, [B, 1, Q, length] each."""
         return {kind: additive_mask(positions, length, window, self.dtype) for kind, window in self.windows.items()}
+
+    def open_to(self, rows: Sequence[Row]) -> None:
+        """Sets the model's request gate, if it has one, for the forward passes of these rows that follow."""
+        if self._gate is not None:
+            features = torch.stack([row.prompt_features(self._gate.features) for row in rows])
+            self._openness = self._gate(features, [row.request.domain for row in rows])
 
     def forward(
         self,
@@ -68,15 +78,16 @@ class ModelRunner:
         """
         self.cache.point(first, positions, length)
         mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
-        logits: Tensor = self.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            # Surplus positions behind the context's end are computed and thrown away; no table has an entry for them.
-            position_ids=positions.clamp(max=self._last_position),
-            past_key_values=self.cache,
-            use_cache=True,
-            **(self._keep_last if last_only else {}),
-        ).logits
+        with conditioned(self.model, self._openness):
+            logits: Tensor = self.model(
+                input_ids=tokens,
+                attention_mask=mask,
+                # Surplus positions behind the context's end are computed and thrown away; no table has them.
+                position_ids=positions.clamp(max=self._last_position),
+                past_key_values=self.cache,
+                use_cache=True,
+                **(self._keep_last if last_only else {}),
+            ).logits
         return (logits[:, -1:] if last_only else logits).float()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adaptd.models.request_gate import conditioned, request_gate
 from buffers.trace import Trace
 
 
@@ -37,6 +38,10 @@ class Batch:
     """Positions of each trace; sums to N."""
     widths: tuple[int, ...]
     """Tokens of each trace without padding."""
+    prompt_lens: tuple[int, ...]
+    """Tokens of each trace's prompt that are there."""
+    domains: tuple[str, ...]
+    """Domain of each trace."""
 
     @property
     def tokens(self) -> int:
@@ -88,6 +93,8 @@ def collate(traces: Sequence[Trace], max_tokens: int, device: torch.device | str
         target_logprob=tensor(served, np.float32),
         lengths=tuple(lengths),
         widths=tuple(len(t.tokens) - cut for t, cut in zip(traces, cuts, strict=True)),
+        domains=tuple(t.domain for t in traces),
+        prompt_lens=tuple(max(1, t.prompt_len - cut) for t, cut in zip(traces, cuts, strict=True)),
     )
 
 
@@ -102,31 +109,47 @@ def draft_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     it, so that whatever an architecture does to logits behind its head is still done. On a CPU, where every padded
     token costs, short and long traces go separately.
     """
+    openness = _openness(model, batch)
     groups = _by_length(batch.widths) if batch.input_ids.device.type == "cpu" else [list(range(len(batch.widths)))]
     if len(groups) == 1:
-        return _forward(model, batch.input_ids, batch.row, batch.column)
+        return _forward(model, batch.input_ids, batch.row, batch.column, openness)
     parts, places = [], []
     for group in groups:
         place = torch.full((len(batch.widths),), -1)
         place[group] = torch.arange(len(group))
         here = torch.nonzero(place[batch.row] >= 0)[:, 0]
         ids = batch.input_ids[group, : max(batch.widths[i] for i in group)]
-        parts.append(_forward(model, ids, place[batch.row[here]], batch.column[here]))
+        rows = None if openness is None else openness[group]
+        parts.append(_forward(model, ids, place[batch.row[here]], batch.column[here], rows))
         places.append(here)
     place = torch.cat(places)
     joined = torch.cat(parts)
     return joined if bool((place.diff() > 0).all()) else joined[place.argsort()]
 
 
-def _forward(model: PreTrainedModel, input_ids: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    def pick(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][row, column][None],)
+def _openness(model: PreTrainedModel, batch: Batch) -> Tensor | None:
+    """How far the draft's request gate is open for each trace, [B, 1, 1]; None if it has none."""
+    gate = request_gate(model)
+    if gate is None:
+        return None
+    prompts = [ids[:n] for ids, n in zip(batch.input_ids, batch.prompt_lens, strict=True)]
+    opened: Tensor = gate(gate.features(prompts), batch.domains)
+    return opened
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits[0].float()
-    finally:
-        handle.remove()
+
+def _forward(model: PreTrainedModel, input_ids: Tensor, row: Tensor, column: Tensor, openness: Tensor | None) -> Tensor:
+    with conditioned(model, openness) as gate:
+
+        def pick(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if openness is not None:
+                gate.value = openness[row, 0][None]
+            return (inputs[0][row, column][None],)
+
+        handle = model.get_output_embeddings().register_forward_pre_hook(pick)
+        try:
+            logits: Tensor = model(input_ids=input_ids, use_cache=False).logits[0].float()
+        finally:
+            handle.remove()
     return logits
 
 

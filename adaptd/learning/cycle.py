@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,24 @@ from torch import Tensor
 
 from adaptd import events
 from adaptd.config import GateConfig, LearnConfig
-from adaptd.learning.evaluate import Rule, profiles
+from adaptd.learning.evaluate import Rule
+from adaptd.learning.jury import Jury, Ruling
 from adaptd.learning.learner import DraftLearner
 from adaptd.log import logger
 from buffers.table import NO_KEY, ReplaySample, ReplayTable
-from buffers.trace import is_reserved
 from checkpoints.manifest import Manifest
 from checkpoints.store import CheckpointStore
-from policies.gate import GAIN_STRATUM, Score, Verdict, judge
 from policies.selection import Mixture, Prioritized, Uniform, importance_weights
 
 _log = logger(__name__)
 
-#: Share of the anchors that are never replayed as anchors: on those that hold the draft, forgetting does not show. They
-#: were learned from once, when they were fresh; only reserved traces never were.
-GUARD_SHARE = 0.25
-
 #: What a loss on old traffic does to the anchors' share of a batch, what a promotion takes back, and its bounds: the
 #: share follows the gate as a multiplier follows its constraint (dual ascent, Boyd and Vandenberghe 2004, chapter 5).
 HOLD_UP, HOLD_DOWN, HOLD_MAX = 1.5, 0.9, 6.0
+
+#: Gain below which a refused candidate says that there is nothing to learn at present: the next tick takes half as many
+#: steps, down to `LEAST_EFFORT` of them, until a candidate is promoted again, a domain loses or traffic drifts.
+IDLE_GAIN, LEAST_EFFORT = 0.002, 0.25
 
 #: Steps whose loss was not finite, in a row, after which learning goes back to the last published version.
 MAX_SKIPPED = 3
@@ -94,18 +93,16 @@ class LearnerCycle:
         clock: Callable[[], float] = time.time,
         rule: Rule = "rejection",
     ) -> None:
-        self._rule: Rule = rule
         self._table, self._store, self._learner, self._identity = table, store, learner, identity
-        self._learn, self._gate, self._k = learn, gate, k
+        self._learn = learn
         self._state_file, self._rng, self._clock = state_file, rng, clock
+        self._jury = Jury(table, learner, gate, k=k, max_tokens=learn.max_tokens, rng=rng, rule=rule)
         self._hold = 1.0
+        self._effort = 1.0
         self._last_key = NO_KEY
         self._seen_total = 0
         self._phase_steps = 0
         self._refusals = 0
-        self._incumbent: Mapping[str, Tensor] = {}
-        self._incumbent_scores: dict[int, Score] = {}
-        self._floor_scores: dict[int, Score] = {}
         self.totals = {
             "ticks": 0,
             "steps": 0,
@@ -133,13 +130,15 @@ class LearnerCycle:
                 )
 
     def _follow_store(self) -> None:
-        _, tensors = self._store.load(self._store.current() or 0)
-        self._stand_at(tensors)
+        manifest, tensors = self._store.load(self._store.current() or 0)
+        self._stand_at(tensors, manifest.gate.get("on_base", ()))
         self._learner.restart(tensors)
 
-    def _stand_at(self, tensors: Mapping[str, Tensor]) -> None:
-        self._incumbent = tensors
-        self._incumbent_scores.clear()
+    def _stand_at(self, tensors: Mapping[str, Tensor], on_base: Iterable[str] = ()) -> None:
+        self._jury.stand_at(tensors, on_base)
+        self._refer_to(tensors)
+
+    def _refer_to(self, tensors: Mapping[str, Tensor]) -> None:
         self._learner.set_reference(tensors if self._learn.keep_anchors else None)
 
     def new_traces(self) -> int:
@@ -147,8 +146,9 @@ class LearnerCycle:
         return max(0, self._table.info().inserted_total - self._seen_total)
 
     def drifted(self) -> None:
-        """A drift event: begin again with the first stage of the mixture, fresh traces alone."""
+        """A drift event: begin again with the first stage of the mixture, fresh traces alone, at full effort."""
         self._phase_steps = 0
+        self._effort = 1.0
 
     def tick(self, reason: str, keep: int = 20) -> TickReport:
         """Learn, judge, perhaps publish; at most `keep` versions stay. Never raises for bad data or a refused candidate."""
@@ -160,11 +160,9 @@ class LearnerCycle:
             report.seconds = time.perf_counter() - started
             _log.info(events.LEARNER_SKIPPED, reason="no traces to learn from")
             return report
-        losses = [
-            loss
-            for loss in (self._one_step(pools, report) for _ in range(self._learn.steps_per_tick))
-            if loss is not None
-        ]
+        self._learner.centre([s.trace for s in pools["fresh"]])
+        steps = max(1, round(self._effort * self._learn.steps_per_tick))
+        losses = [loss for loss in (self._one_step(pools, report) for _ in range(steps)) if loss is not None]
         if losses:
             report.loss = float(np.mean(losses))
             self._decide(report)
@@ -201,8 +199,10 @@ class LearnerCycle:
             selector = Prioritized(self._learn.priority_exponent)
             pools["selected"] = self._table.sample(draws, selector, self._rng, "recent")
         if self._table.can_sample(1, "anchors"):
-            drawn = self._table.sample(draws, Uniform(), self._rng, "anchors")
-            pools["anchors"] = [s for s in drawn if not _guards(s)]
+            pools["anchors"] = self._table.sample(draws, Uniform(), self._rng, "anchors")
+        for stratum in ("selected", "anchors"):
+            # What the base draft serves needs no rehearsal.
+            pools[stratum] = [s for s in pools[stratum] if s.trace.domain not in self._jury.on_base]
         if not fresh:
             pools["fresh"] = pools["selected"]
         return pools if pools["fresh"] else None
@@ -236,39 +236,27 @@ class LearnerCycle:
         return step.loss
 
     def _restart(self, reason: str) -> None:
-        self._learner.restart(self._incumbent)
+        self._learner.restart(self._jury.incumbent)
         self._refusals = 0
         self.totals["restarts"] += 1
         _log.warning(events.LEARNER_RESTARTED, reason=reason, version=self._store.current())
 
     def _decide(self, report: TickReport) -> None:
-        samples = self._judged_samples()
-        candidate_state = self._learner.average()
-        if not all(bool(torch.isfinite(t).all()) for t in candidate_state.values()):
+        candidate = self._learner.average()
+        if not all(bool(torch.isfinite(t).all()) for t in candidate.values()):
             self._restart("the candidate's weights are not finite")
             return
-        candidate = self._scored(samples, candidate_state)
-        incumbent = self._once_scored(samples, self._incumbent, self._incumbent_scores)
-        floor = self._once_scored(samples, {}, self._floor_scores) if self._incumbent else None
-        verdict = judge(
-            candidate,
-            incumbent,
-            min_gain=self._gate.min_gain,
-            max_regression=self._gate.max_regression,
-            min_traces=self._gate.min_traces,
-            rng=self._rng,
-            resamples=self._gate.resamples,
-            level=self._gate.level,
-            floor=floor,
-        )
-        report.verdict = verdict.as_dict() | {"hold": self._hold}
+        ruling = self._jury.judge(candidate)
+        verdict = ruling.verdict
+        report.verdict = ruling.report | {"hold": self._hold}
         if verdict.losers:
             self._hold = min(HOLD_MAX, self._hold * HOLD_UP)
         elif verdict.promote:
             self._hold = max(1.0, self._hold * HOLD_DOWN)
+        idle = not verdict.promote and not verdict.losers and verdict.gain.mean < IDLE_GAIN
+        self._effort = max(LEAST_EFFORT, self._effort / 2) if idle else 1.0
         if verdict.promote:
-            report.published = self._publish(candidate_state, verdict, samples).version
-            self._incumbent_scores = {s.info.key: score for (_, s), score in zip(samples, candidate, strict=True)}
+            report.published = self._publish(candidate, ruling, report.verdict).version
             self._refusals = 0
             self.totals["promoted"] += 1
         else:
@@ -282,71 +270,21 @@ class LearnerCycle:
             if self._refusals >= self._learn.max_refusals:
                 self._restart(f"{self._refusals} refusals in a row")
 
-    def _judged_samples(self) -> list[tuple[str, ReplaySample]]:
-        """Newest reserved traces decide the gain; anchors that are not replayed, and older reserved traces, guard every
-        domain."""
-        reserved = sorted(self._table.all("reserved", self._gate.max_traces), key=lambda s: s.info.key, reverse=True)
-        window = max(self._gate.min_traces, self._gate.max_traces // 3)
-        wanted = round(self._gate.max_traces / GUARD_SHARE)
-        anchors = [s for s in self._table.all("anchors", wanted) if _guards(s)]
-        guards = [*anchors, *reserved[window:]][: self._gate.max_traces]
-        return [(GAIN_STRATUM, s) for s in reserved[:window]] + [("guard", s) for s in guards]
-
-    def _scores(self, samples: Sequence[tuple[str, ReplaySample]]) -> list[Score]:
-        found = profiles(
-            self._learner.draft.model,
-            [s.trace for _, s in samples],
-            self._k,
-            max_tokens=self._learn.max_tokens,
-            rule=self._rule,
-        )
-        return [
-            Score(domain=s.trace.domain, stratum=stratum, emitted=p.emitted, rounds=p.rounds)
-            for (stratum, s), p in zip(samples, found, strict=True)
-        ]
-
-    def _scored(self, samples: Sequence[tuple[str, ReplaySample]], tensors: Mapping[str, Tensor]) -> list[Score]:
-        """Scores of a version; the learner's own weights are in place again afterwards."""
-        learning = self._learner.draft.state()
-        self._learner.draft.load(tensors)
-        try:
-            return self._scores(samples)
-        finally:
-            self._learner.draft.load(learning)
-
-    def _once_scored(
-        self, samples: Sequence[tuple[str, ReplaySample]], tensors: Mapping[str, Tensor], known: dict[int, Score]
-    ) -> list[Score]:
-        """Scores of a version that stays, kept in `known` by trace: each trace is scored once, those gone are forgotten."""
-        keys = {s.info.key for _, s in samples}
-        for gone in known.keys() - keys:
-            del known[gone]
-        missing = [pair for pair in samples if pair[1].info.key not in known]
-        if missing:
-            for (_, sample), score in zip(missing, self._scored(missing, tensors), strict=True):
-                known[sample.info.key] = score
-        return [dataclasses.replace(known[s.info.key], stratum=stratum) for stratum, s in samples]
-
-    def _publish(
-        self, tensors: dict[str, Tensor], verdict: Verdict, samples: Sequence[tuple[str, ReplaySample]]
-    ) -> Manifest:
-        created = [s.trace.created_at for _, s in samples]
+    def _publish(self, tensors: dict[str, Tensor], ruling: Ruling, report: Mapping[str, Any]) -> Manifest:
+        created = [s.trace.created_at for _, s in ruling.samples]
         manifest = self._store.publish(
             tensors,
             base_id=self._identity.base_id,
             tokenizer_hash=self._identity.tokenizer_hash,
             scope=self._identity.scope,
             scope_config=self._identity.scope_config,
-            gate=verdict.as_dict(),
+            gate=report,
             window={"oldest": min(created), "newest": max(created), "learner_steps": self._learner.steps},
             config=self._identity.config,
         )
-        self._stand_at(tensors)
-        _log.info(
-            events.CANDIDATE_PROMOTED,
-            version=manifest.version,
-            gain=verdict.gain.as_dict(),
-        )
+        self._jury.accept(tensors, ruling)
+        self._refer_to(tensors)
+        _log.info(events.CANDIDATE_PROMOTED, version=manifest.version, gain=ruling.verdict.gain.as_dict())
         return manifest
 
     def rollback(self, reason: str) -> Manifest:
@@ -377,8 +315,3 @@ class LearnerCycle:
             "last_loss": self.history[-1].loss if self.history else None,
             "history": [dataclasses.asdict(r) for r in self.history[-8:]],
         }
-
-
-def _guards(sample: ReplaySample) -> bool:
-    """Whether this anchor is the gate's, by a hash of its own: reserved traces are no anchors."""
-    return is_reserved(f"guard {sample.trace.request_id}", GUARD_SHARE)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from adaptd.learning.batch import collate, draft_logits
 from adaptd.learning.muon import Muon
+from adaptd.models.request_gate import request_gate
 from buffers.table import ReplaySample
 from buffers.trace import Trace
 from policies.divergence import draft_with_tail, forward_kl, with_tail
@@ -32,6 +33,10 @@ class Adapted(Protocol):
     @property
     def model(self) -> PreTrainedModel:
         """The draft, Hugging Face forward."""
+
+    @property
+    def gates_requests(self) -> bool:
+        """Whether one request can have the base while another has what was learned."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The only tensors that may change, by name."""
@@ -132,9 +137,17 @@ class DraftLearner:
         self._since_restart = 0
         self._average = self.draft.state()
 
+    def centre(self, traces: Sequence[Trace]) -> None:
+        """Let the request gate, if there is one and it has no centre yet, tell prompts apart by how they differ from these."""
+        gate = request_gate(self.draft.model)
+        if gate is not None and not gate.centred and traces:
+            gate.centre_on([t.tokens[: max(1, t.prompt_len)].astype(np.int64) for t in traces])
+            self._average["request_gate.centre"] = gate.centre.detach().clone()
+
     def step(self, samples: Sequence[ReplaySample], weights: np.ndarray | None = None) -> StepReport:
         """One update on `samples`; `weights` [len(samples)] multiply each trace's positions (importance weights)."""
         started = time.perf_counter()
+        self.centre([s.trace for s in samples])
         device = next(iter(self._parameters.values())).device
         weights = np.ones(len(samples)) if weights is None else np.asarray(weights)
         # By length: what is split into short and long then needs no reordering of [N, V] behind it.

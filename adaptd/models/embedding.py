@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from adaptd.errors import ConfigError
 from adaptd.models.layers import embedding_name
 from adaptd.models.part import Part, learned
+from adaptd.models.request_gate import Openness
 
 
 class EmbeddingCorrection(Part):
     """The correction beside the embedding, in training and in serving alike: it costs r H multiplications a token."""
 
-    def __init__(self, model: PreTrainedModel, rank: int) -> None:
+    def __init__(self, model: PreTrainedModel, rank: int, openness: Openness) -> None:
         """Raises: ConfigError: the input embedding is no plain table."""
         super().__init__()
         name = embedding_name(model)
@@ -36,7 +37,7 @@ class EmbeddingCorrection(Part):
         device, (rows, hidden) = base.weight.device, base.weight.shape
         self.up = self.add(f"{name}.low_rank.up.weight", learned(rows, rank, device=device))
         self.down = self.add(f"{name}.low_rank.down.weight", learned(rank, hidden, device=device), random=True)
-        model.set_submodule(name, LowRankEmbedding(base, self.up, self.down))
+        model.set_submodule(name, LowRankEmbedding(base, self.up, self.down, openness))
 
     def refresh(self) -> None:
         """Nothing to do: the correction acts in the forward pass."""
@@ -51,9 +52,10 @@ class EmbeddingCorrection(Part):
 class LowRankEmbedding(nn.Module):
     """Token ids [...] to hidden states [..., H]."""
 
-    def __init__(self, base: nn.Embedding, up: nn.Parameter, down: nn.Parameter) -> None:
+    def __init__(self, base: nn.Embedding, up: nn.Parameter, down: nn.Parameter, openness: Openness) -> None:
         super().__init__()
         self.base, self.up, self.down = base, up, down
+        self._openness = openness
 
     @property
     def weight(self) -> Tensor:
@@ -63,4 +65,5 @@ class LowRankEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """E'(v) of the module's docstring."""
         hidden: Tensor = self.base(ids)
-        return hidden + (functional.embedding(ids, self.up) @ self.down).to(hidden.dtype)
+        low = self._openness.scale(functional.embedding(ids, self.up))
+        return hidden + (low @ self.down).to(hidden.dtype)

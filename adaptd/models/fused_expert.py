@@ -18,16 +18,17 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptd.models.layers import Ffn, bias_of, weight_of
 from adaptd.models.private_expert import GATE_GAIN, ExpertTensors, PrivateExperts, opened
+from adaptd.models.request_gate import Openness
 
 
 class FusedExperts(PrivateExperts):
     """The serving form: each FFN module is replaced by a `FusedExpertFfn`."""
 
-    def __init__(self, model: PreTrainedModel, ffns: list[Ffn], width: int, gated: bool) -> None:
+    def __init__(self, model: PreTrainedModel, ffns: list[Ffn], width: int, gated: bool, openness: Openness) -> None:
         super().__init__(ffns, width, gated)
         self._fused: list[FusedExpertFfn] = []
         for ffn in ffns:
-            fused = FusedExpertFfn(ffn, self.experts[ffn.name])
+            fused = FusedExpertFfn(ffn, self.experts[ffn.name], openness)
             self._fused.append(fused)
             model.set_submodule(ffn.name, fused)
 
@@ -45,9 +46,10 @@ class FusedExpertFfn(nn.Module):
     outer: Tensor
     outer_bias: Tensor | None
 
-    def __init__(self, ffn: Ffn, expert: ExpertTensors) -> None:
+    def __init__(self, ffn: Ffn, expert: ExpertTensors, openness: Openness) -> None:
         super().__init__()
         self._expert = expert
+        self._openness = openness
         self._activation = ffn.activation
         self._intermediate = ffn.intermediate
         self._wide = ffn.intermediate + expert.down.shape[1]
@@ -75,7 +77,9 @@ class FusedExpertFfn(nn.Module):
         if len(units) == 2 + gated:
             active = active * units[1]
         if gated:
-            active[..., self._intermediate :] *= opened(units[-1])
+            active[..., self._intermediate :] *= self._openness.scale(opened(units[-1]))
+        elif self._openness.value is not None:
+            active[..., self._intermediate :] *= self._openness.value
         return functional.linear(active, self.outer, self.outer_bias)
 
     @torch.no_grad()

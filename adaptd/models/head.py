@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from adaptd.errors import ConfigError
 from adaptd.models.part import Part, learned
 from adaptd.models.private_expert import GATE_GAIN, opened
+from adaptd.models.request_gate import Openness
 
 #: Rows of the head merged at a time: bounds the float32 temporary for vocabularies of 150,000 and more.
 _MERGE_ROWS = 16384
@@ -69,10 +70,12 @@ class HeadCorrection(Part):
 class TrainedHead(HeadCorrection):
     """The training form, and the serving form of a gated correction: the head is replaced by a `LowRankHead`."""
 
-    def __init__(self, model: PreTrainedModel, name: str, rank: int, with_bias: bool, gated: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, name: str, rank: int, with_bias: bool, gated: bool, openness: Openness
+    ) -> None:
         head = _linear(model, name)
         super().__init__(name, head, rank, with_bias, gated)
-        model.set_submodule(name, LowRankHead(head, self.down, self.up, self.bias, self.gate))
+        model.set_submodule(name, LowRankHead(head, self.down, self.up, self.bias, self.gate, openness))
         _untie(model)
 
     def refresh(self) -> None:
@@ -88,11 +91,13 @@ class LowRankHead(nn.Module):
         down: nn.Parameter,
         up: nn.Parameter,
         bias: nn.Parameter | None,
-        gate: nn.Parameter | None = None,
+        gate: nn.Parameter | None,
+        openness: Openness,
     ) -> None:
         super().__init__()
         self.base = base
         self.down, self.up, self.bias, self.gate = down, up, bias, gate
+        self._openness = openness
 
     @property
     def weight(self) -> Tensor:
@@ -105,6 +110,8 @@ class LowRankHead(nn.Module):
         h = h.float()
         low = functional.linear(h, self.down)
         gate = None if self.gate is None else opened(functional.linear(h, GATE_GAIN * self.gate))
+        if self._openness.value is not None:
+            gate = self._openness.scale(torch.ones_like(low[..., :1]) if gate is None else gate)
         if gate is not None:
             low = low * gate
         # Accumulated by the matrix product itself: [.., N] is the widest tensor of a step and costs memory traffic.

@@ -1,6 +1,7 @@
 """Low-rank adaptation (Hu et al., 2021) of linear layers: W' = W + (alpha / rank) B A.
 
-Training form: peft, unmerged. Serving form: one matrix a layer, the cost of the base. A [rank, in] starts random, B
+Training form: peft, unmerged. Serving form: one matrix a layer, the cost of the base; under a request gate, whose rows get
+more or less of it, A and B stay beside the layer. A [rank, in] starts random, B
 [out, rank] at zero. Tensors are named `<layer>.lora_A.weight` and `<layer>.lora_B.weight`: with the prefix
 `base_model.model.` these are the names in a peft adapter file.
 """
@@ -12,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adaptd.models.layers import weight_of
 from adaptd.models.part import Part, learned
+from adaptd.models.request_gate import Openness
 
 
 class Lora(Part):
@@ -44,7 +47,9 @@ class Lora(Part):
 class PeftLora(Lora):
     """The training form: peft wraps the layers in place; the base weights stay frozen beside A and B."""
 
-    def __init__(self, model: PreTrainedModel, layers: Mapping[str, nn.Module], rank: int, alpha: float) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: Mapping[str, nn.Module], rank: int, alpha: float, openness: Openness
+    ) -> None:
         # Imported here: peft takes seconds to import and a decoder never needs it.
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -63,7 +68,8 @@ class PeftLora(Lora):
             for matrix, random in (("lora_A", True), ("lora_B", False)):
                 linear = wrapper.get_submodule(f"{matrix}.default").float()
                 weight = linear.get_parameter("weight")
-                self.add(f"{name}.{matrix}.weight", weight, random=random)
+                self.add(f"{name}.{matrix}.weight", weight, random=random, matrix=True)
+            linear.register_forward_hook(lambda _layer, _inputs, output: openness.scale(output))
 
     def refresh(self) -> None:
         """Nothing to do: A and B act in the forward pass."""
@@ -82,11 +88,47 @@ class MergedLora(Lora):
             stored = pristine[f"{name}.weight"] = layer.get_parameter("weight").detach().clone()
             self._places.append((name, live, stored.T if name in self._transposed else stored))
             rows, columns = live.shape
-            self.add(f"{name}.lora_A.weight", learned(rank, columns, device=live.device), random=True)
-            self.add(f"{name}.lora_B.weight", learned(rows, rank, device=live.device))
+            self.add(f"{name}.lora_A.weight", learned(rank, columns, device=live.device), random=True, matrix=True)
+            self.add(f"{name}.lora_B.weight", learned(rows, rank, device=live.device), matrix=True)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Recompute every merged weight."""
         for name, live, pristine in self._places:
             live.copy_(pristine.float() + self.delta(name))
+
+
+class GatedLora(Lora):
+    """The serving form under a request gate: each layer is replaced by a `LoraLayer` around it."""
+
+    def __init__(
+        self, model: PreTrainedModel, layers: Mapping[str, nn.Module], rank: int, alpha: float, openness: Openness
+    ) -> None:
+        super().__init__(layers, rank, alpha)
+        for name, layer in layers.items():
+            rows, columns = weight_of(layer).shape
+            device = weight_of(layer).device
+            down = self.add(f"{name}.lora_A.weight", learned(rank, columns, device=device), random=True, matrix=True)
+            up = self.add(f"{name}.lora_B.weight", learned(rows, rank, device=device), matrix=True)
+            model.set_submodule(name, LoraLayer(layer, down, up, self._scaling, openness))
+
+    def refresh(self) -> None:
+        """Nothing to do: A and B act in the forward pass."""
+
+
+class LoraLayer(nn.Module):
+    """[..., in] to [..., out]: the layer and, as far as the row's request gate is open, what LoRA adds in float32."""
+
+    def __init__(
+        self, base_layer: nn.Module, down: nn.Parameter, up: nn.Parameter, scaling: float, openness: Openness
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.down, self.up = down, up
+        self._scaling, self._openness = scaling, openness
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + s (alpha / rank) B A x."""
+        base: Tensor = self.base_layer(x)
+        low = self._openness.scale(functional.linear(x.float(), self.down)) * self._scaling
+        return base + functional.linear(low, self.up).to(base.dtype)

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from adaptd.errors import ConfigError
 from adaptd.models.layers import Ffn, base_layer
 from adaptd.models.part import Part, learned
+from adaptd.models.request_gate import Openness
 
 #: Configuration keys that hold an intermediate size, by architecture; a fold widens the one that is there.
 _WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim")
@@ -79,10 +80,11 @@ class PrivateExperts(Part):
 class TrainedExperts(PrivateExperts):
     """The training form: each FFN module is replaced by a `PrivateExpertFfn` around it."""
 
-    def __init__(self, model: PreTrainedModel, ffns: list[Ffn], width: int, gated: bool) -> None:
+    def __init__(self, model: PreTrainedModel, ffns: list[Ffn], width: int, gated: bool, openness: Openness) -> None:
         super().__init__(ffns, width, gated)
         for ffn in ffns:
-            wrapper = PrivateExpertFfn(ffn.module, self.experts[ffn.name], len(ffn.inner) == 2, ffn.activation)
+            expert, gated_unit = self.experts[ffn.name], len(ffn.inner) == 2
+            wrapper = PrivateExpertFfn(ffn.module, expert, gated_unit, ffn.activation, openness)
             model.set_submodule(ffn.name, wrapper)
 
     def refresh(self) -> None:
@@ -93,9 +95,15 @@ class PrivateExpertFfn(nn.Module):
     """A frozen FFN and its private expert, [..., H] to [..., H]; the expert computes in float32."""
 
     def __init__(
-        self, shared: nn.Module, expert: ExpertTensors, gated_unit: bool, activation: Callable[[Tensor], Tensor]
+        self,
+        shared: nn.Module,
+        expert: ExpertTensors,
+        gated_unit: bool,
+        activation: Callable[[Tensor], Tensor],
+        openness: Openness,
     ) -> None:
         super().__init__()
+        self._openness = openness
         self.shared = shared
         self.up, self.down, self.gate = expert
         self._gated_unit = gated_unit
@@ -114,7 +122,7 @@ class PrivateExpertFfn(nn.Module):
         private = functional.linear(active, self.down)
         if self.gate is not None:
             private = private * opened(functional.linear(h, GATE_GAIN * self.gate))
-        return (shared + private).to(x.dtype)
+        return (shared + self._openness.scale(private)).to(x.dtype)
 
 
 def opened(logit: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,9 +28,10 @@ from adaptd.models.fused_expert import FusedExperts
 from adaptd.models.head import MergedHead, TrainedHead
 from adaptd.models.layers import attention_layers, ffns, head_name, linear_layers, named_layers
 from adaptd.models.load import cast_parameters, freeze, move, weights_id
-from adaptd.models.lora import MergedLora, PeftLora
+from adaptd.models.lora import GatedLora, MergedLora, PeftLora
 from adaptd.models.part import Part
 from adaptd.models.private_expert import TrainedExperts
+from adaptd.models.request_gate import Openness, RequestGate, request_gate
 
 SCOPES = ("private_expert", "lora", "full")
 
@@ -48,6 +49,8 @@ class ScopeConfig:
     #: private_expert: learned gates of the private expert and of the head's correction; False holds them at one, which
     #: can be folded into a plain model.
     gated: bool = True
+    #: A learned gate by prompt over everything that is learned; None: where `gated` and scope is private_expert.
+    request_gate: bool | None = None
     #: Rank of LoRA; 0 leaves it out (private_expert only); None: 16.
     lora_rank: int | None = None
     #: LoRA's delta is (lora_alpha / lora_rank) B A.
@@ -103,6 +106,11 @@ class ScopeConfig:
         if self.lora_rank is None:
             return 16
         return self.lora_rank
+
+    @property
+    def effective_request_gate(self) -> bool:
+        """`request_gate` with the scope's default filled in."""
+        return self.gated_head if self.request_gate is None else self.request_gate
 
     @property
     def gated_head(self) -> bool:
@@ -174,26 +182,33 @@ class AdaptedDraft:
         layers = self._lora_layers() if lora_rank else {}
         feed_forwards = ffns(model) if config.scope == "private_expert" else []
         rank, head = config.effective_head_rank, head_name(model) if config.effective_head_rank else ""
-        # The same in both forms: beside a table lookup there is nothing to merge.
+        openness = Openness()
+        # The same in both forms: there is nothing to merge.
+        parts: list[Part] = [RequestGate(model, openness)] if config.effective_request_gate else []
         embed_rank = config.effective_embed_rank
-        embedding = [EmbeddingCorrection(model, embed_rank)] if embed_rank else []
-        parts: list[Part] = []
+        embedding = [EmbeddingCorrection(model, embed_rank, openness)] if embed_rank else []
         if self.serving:
+            gate = config.effective_request_gate
+            inside = any(layer.startswith(f"{ffn.name}.") for layer in layers for ffn in feed_forwards)
+            if layers and gate:
+                parts.append(GatedLora(model, layers, lora_rank, config.lora_alpha, openness))
             if feed_forwards:
-                parts.append(FusedExperts(model, feed_forwards, config.width, config.gated))
-            if layers:
+                # LoRA that stays beside the layers of an FFN cannot act inside one wide matrix.
+                kind = TrainedExperts if gate and inside else FusedExperts
+                parts.append(kind(model, feed_forwards, config.width, config.gated, openness))
+            if layers and not gate:
                 parts.append(MergedLora(layers, lora_rank, config.lora_alpha, self._base))
             if head and config.gated_head:
-                parts.append(TrainedHead(model, head, rank, config.head_bias, gated=True))
+                parts.append(TrainedHead(model, head, rank, config.head_bias, True, openness))
             elif head:
                 parts.append(MergedHead(model, head, rank, config.head_bias))
             return [*parts, *embedding]
         if layers:
-            parts.append(PeftLora(model, layers, lora_rank, config.lora_alpha))
+            parts.append(PeftLora(model, layers, lora_rank, config.lora_alpha, openness))
         if feed_forwards:
-            parts.append(TrainedExperts(model, feed_forwards, config.width, config.gated))
+            parts.append(TrainedExperts(model, feed_forwards, config.width, config.gated, openness))
         if head:
-            parts.append(TrainedHead(model, head, rank, config.head_bias, config.gated_head))
+            parts.append(TrainedHead(model, head, rank, config.head_bias, config.gated_head, openness))
         return [*parts, *embedding]
 
     def _lora_layers(self) -> dict[str, nn.Module]:
@@ -242,6 +257,17 @@ class AdaptedDraft:
         for name, tensor in tensors.items():
             expected[name].copy_(tensor)
         self.refresh()
+
+    @property
+    def gates_requests(self) -> bool:
+        """Whether one request can have the base while another has what was learned."""
+        return request_gate(self.model) is not None
+
+    def keep_on_base(self, domains: Iterable[str]) -> None:
+        """Serve requests of these domains, and no others, with the base draft; without a request gate nothing happens."""
+        gate = request_gate(self.model)
+        if gate is not None:
+            gate.on_base = frozenset(domains)
 
     def reset(self) -> None:
         """Day-0 values: exactly the base's function, the same values in every process."""

@@ -1,1 +1,1 @@
-"""Beside a vLLM server: the proxy that sees its traffic, and what brings new drafts into it."""
+"""Beside an unmodified vLLM server: the proxy that watches its traffic, and what brings new draft weights in."""

@@ -43,8 +43,14 @@ HOMES = {
         "adaptd.pocket",
         "adaptd.bench",
         "adaptd.app.doctor",
+        "adaptd.sidecar.writer",
+        "adaptd.sidecar.vllm_update",
+        "adaptd.sidecar.vllm_backend",
     },
-    "safetensors": {"buffers.codec", "checkpoints", "adaptd.learning", "adaptd.pocket"},
+    # Runs inside the server only; the daemon never imports it.
+    "vllm": {"adaptd.sidecar.vllm_plugin", "adaptd.sidecar.vllm_backend"},
+    "huggingface_hub": {"adaptd.sidecar.vllm_backend"},
+    "safetensors": {"buffers.codec", "checkpoints", "adaptd.learning", "adaptd.pocket", "adaptd.sidecar.vllm_update"},
     "transformers": {
         "adaptd.models",
         "adaptd.pocket",

@@ -71,3 +71,38 @@ def test_checkpoints_of_an_empty_store(tmp_path: Path) -> None:
     nothing = run(tmp_path, "checkpoints", "rollback")
     assert nothing.returncode == 1
     assert "Traceback" not in nothing.stderr
+
+
+PLAIN = ("--set", "adapt.gated=false", "--set", "adapt.head_rank=0", "--set", "adapt.embed_rank=0")
+
+
+def test_export_prepares_a_draft_for_an_engine_with_fixed_shapes(tmp_path: Path) -> None:
+    found = run(tmp_path, "export", "--prepare", str(tmp_path / "out"), "--json", *PLAIN)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["prepared"] is True
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    base = json.loads((Path(__file__).parents[3] / "adaptd" / "pocket" / "draft" / "config.json").read_text())
+    assert config["intermediate_size"] == base["intermediate_size"] + 128
+    assert config["tie_word_embeddings"] is False
+    again = run(tmp_path, "export", "--prepare", str(tmp_path / "out"), *PLAIN)
+    assert again.returncode == 1
+    assert "not an empty folder" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--prepare", "OUT"], 78, "adapt.gated: false, adapt.head_rank: 0, adapt.embed_rank: 0"),
+        (["0", "OUT"], 78, "gated: false"),
+        (["7", "OUT", *PLAIN], 1, "version 7 is not in"),
+        (["--prepare", "0", "OUT"], 2, "leave the version out"),
+        (["first", "OUT"], 2, "must be a number"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_plainly(tmp_path: Path, args: list[str], code: int, message: str) -> None:
+    out = tmp_path / "out"
+    found = run(tmp_path, "export", *(str(out) if arg == "OUT" else arg for arg in args))
+    assert found.returncode == code, found.stderr
+    assert message in " ".join(found.stderr.split())
+    assert "Traceback" not in found.stderr
+    assert not out.exists()

@@ -166,9 +166,9 @@ def test_a_chain_of_small_losses_is_stopped_at_day_0(
         floors.append(floor)
         return judge(candidate, incumbent, floor=floor, **limits)
 
-    monkeypatch.setattr("adaptd.learning.cycle.judge", spy)
+    monkeypatch.setattr("adaptd.learning.jury.judge", spy)
     while rig.store.current() is None:
-        day0 = rig.cycle._scored(rig.cycle._judged_samples(), {})
+        day0 = rig.cycle._jury._scored(rig.cycle._jury._samples(), {})
         rig.cycle.tick("traces")
     assert floors[-1] is None, "day 0 is the incumbent itself"
     rig.cycle.tick("traces")

@@ -7,6 +7,7 @@ from torch import nn
 from adaptd.errors import ConfigError
 from adaptd.models.load import load_causal_lm
 from adaptd.models.private_expert import GATE_GAIN, ExpertTensors, PrivateExpertFfn
+from adaptd.models.request_gate import Openness
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
 
 UNGATED = ScopeConfig(width=12, lora_rank=4, gated=False, head_rank=3, head_bias=False)
@@ -32,7 +33,7 @@ def test_the_output_is_the_shared_plus_the_gated_private():
     gate = 2 * torch.softmax(torch.cat([torch.zeros_like(logit), logit], -1), -1)[..., 1:]
     first, second = (x @ tensors.up.T).split(3, -1)
     private = (nn.functional.silu(first) * second) @ tensors.down.T
-    actual = PrivateExpertFfn(shared, tensors, gated_unit=True, activation=nn.functional.silu)(x)
+    actual = PrivateExpertFfn(shared, tensors, gated_unit=True, activation=nn.functional.silu, openness=Openness())(x)
     torch.testing.assert_close(actual, shared(x) + gate * private)
     assert gate.std() > 0.3, "the gate must be open to both sides for this to mean anything"
 
@@ -41,7 +42,7 @@ def test_a_shut_gate_is_the_base_exactly():
     """What old traffic needs: the private expert has no say, and the shared one keeps its day-0 weight."""
     shared, tensors = nn.Linear(4, 4), expert(gated=True)
     x = torch.rand(7, 4) + 0.5
-    module = PrivateExpertFfn(shared, tensors, gated_unit=True, activation=nn.functional.silu)
+    module = PrivateExpertFfn(shared, tensors, gated_unit=True, activation=nn.functional.silu, openness=Openness())
     assert not torch.allclose(module(x), shared(x), atol=0.1)
     tensors.gate.data.fill_(-100.0)
     assert torch.equal(module(x), shared(x))
@@ -51,8 +52,10 @@ def test_a_gate_at_zero_is_held_at_one_exactly():
     shared, tensors = nn.Linear(4, 4), expert(gated=True)
     tensors.gate.data.zero_()
     x = torch.randn(7, 4)
-    gated = PrivateExpertFfn(shared, tensors, gated_unit=True, activation=nn.functional.silu)(x)
-    ungated = PrivateExpertFfn(shared, tensors._replace(gate=None), gated_unit=True, activation=nn.functional.silu)(x)
+    gated = PrivateExpertFfn(shared, tensors, gated_unit=True, activation=nn.functional.silu, openness=Openness())(x)
+    ungated = PrivateExpertFfn(
+        shared, tensors._replace(gate=None), gated_unit=True, activation=nn.functional.silu, openness=Openness()
+    )(x)
     assert torch.equal(gated, ungated)
 
 

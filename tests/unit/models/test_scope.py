@@ -7,6 +7,7 @@ from torch import Tensor
 from adaptd.errors import AdaptdError, ConfigError
 from adaptd.models.load import weights_id
 from adaptd.models.private_expert import GATE_GAIN
+from adaptd.models.request_gate import conditioned, request_gate
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
 
 SMALL = {"width": 12, "lora_rank": 4}
@@ -98,6 +99,9 @@ def test_the_default_scope_trains_these_tensors_and_nothing_else(make_model):
         "lm_head.low_rank.up.weight": (48, 24),
         "lm_head.low_rank.bias": (48,),
         "lm_head.low_rank.gate.weight": (1, 16),
+        "request_gate.weight": (1, 16),
+        "request_gate.bias": (1,),
+        "request_gate.centre": (16,),
     }
     learning = {id(p) for p in draft.model.parameters() if p.requires_grad}
     assert learning == {id(p) for p in draft.trainable().values()}
@@ -107,9 +111,13 @@ def test_every_learned_tensor_gets_a_gradient_and_learned_tensors_are_float32_on
     for dtype in (torch.float32, torch.bfloat16):
         draft = AdaptedDraft(make_model(dtype=dtype), CONFIGS["gated"])
         randomise(draft)
-        draft.model(input_ids=ids).logits.float().logsumexp(-1).sum().backward()
-        assert [name for name, p in draft.trainable().items() if p.grad is None or not p.grad.any()] == []
-        assert {p.grad.dtype for p in draft.trainable().values()} == {torch.float32}
+        gate = request_gate(draft.model)
+        with conditioned(draft.model, gate(gate.features(ids))):
+            draft.model(input_ids=ids).logits.float().logsumexp(-1).sum().backward()
+        without = [name for name, p in draft.trainable().items() if p.grad is None or not p.grad.any()]
+        # The centre is set once, from traffic.
+        assert without == ["request_gate.centre"]
+        assert {p.grad.dtype for p in draft.trainable().values() if p.grad is not None} == {torch.float32}
 
 
 def test_a_serving_draft_requires_no_gradients(make_model, ids):
@@ -145,7 +153,11 @@ def test_frozen_tensors_stay_bit_identical_through_1000_optimiser_steps(make_mod
     assert frozen.keys() == base.keys()
     assert all(torch.equal(frozen[name], tensor) for name, tensor in base.items())
     assert weights_id(frozen) == draft.base_id
-    assert not any(torch.equal(before[name], tensor) for name, tensor in draft.state().items())
+    assert not any(
+        torch.equal(before[name], tensor)
+        for name, tensor in draft.state().items()
+        if not name.startswith("request_gate.")  # the gate acts on requests alone
+    )
     # Those are the very tensors that the forward pass uses, and with the learned ones they are all it has.
     used = {id(p) for p in draft.model.parameters()}
     assert used == {id(t) for t in [*draft._base.values(), *draft.trainable().values()]}

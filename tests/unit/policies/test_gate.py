@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from policies.gate import Interval, LiveWatch, Score, judge, paired_bootstrap
+from policies.gate import Interval, LiveWatch, Score, better_on_floor, judge, paired_bootstrap, served
 
 LIMITS = {"min_gain": 0.01, "max_regression": 0.02, "min_traces": 20}
 
@@ -349,3 +349,27 @@ def test_the_floor_must_score_the_same_traces() -> None:
     pair = scores(60, 0.3, 20)
     with pytest.raises(ValueError, match="must score the same traces"):
         judge(*pair, **LIMITS, rng=rng(), floor=pair[0][1:])
+
+
+def test_a_sure_gain_makes_up_for_a_loss_on_other_traffic_but_not_below_the_floor() -> None:
+    pair = joined(scores(60, 1.0, 6), scores(60, -0.04, 7, "tools", "guard", noise=0.0))
+    assert not judge(*pair, **LIMITS, rng=rng()).promote
+    traded = judge(*pair, **LIMITS, rng=rng(), exchange=0.1)
+    assert traded.promote
+    assert traded.losers == ("tools",), "a loser even so: the anchors' share of a batch rises"
+    assert not judge(*pair, **LIMITS, rng=rng(), exchange=0.03).promote, "3 % of a doubling is not enough"
+    assert not judge(*pair, **LIMITS, rng=rng(), exchange=0.1, floor=pair[1]).promote
+    with pytest.raises(ValueError, match="exchange"):
+        judge(*pair, **LIMITS, rng=rng(), exchange=-0.1)
+
+
+def test_a_domain_is_left_to_the_floor_where_that_needs_no_more_rounds() -> None:
+    def fixed(domain: str, n: int, rounds: float) -> list[Score]:
+        return [Score(domain, "guard", emitted=10.0, rounds=rounds) for _ in range(n)]
+
+    floor = [*fixed("medical", 5, 4.0), *fixed("math", 5, 8.0), *fixed("rare", 2, 4.0)]
+    opened = [*fixed("medical", 5, 4.1), *fixed("math", 5, 5.0), *fixed("rare", 2, 5.0)]
+    assert better_on_floor(opened, floor, (), min_traces=4) == {"medical"}, "two traces of a rare domain decide nothing"
+    kept = better_on_floor(opened, floor, {"rare", "math", "absent"}, min_traces=4)
+    assert kept == {"medical", "rare", "absent"}, "math is better served by the candidate"
+    assert [s.rounds for s in served(opened, floor, kept)] == [4.0] * 5 + [5.0] * 5 + [4.0] * 2
