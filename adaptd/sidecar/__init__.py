@@ -1,1 +1,1 @@
-"""Beside an unmodified vLLM server: watch its traffic, bring new draft weights in."""
+"""Beside an unmodified vLLM server: the proxy that watches its traffic, and what brings new draft weights in."""
