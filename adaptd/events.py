@@ -20,6 +20,7 @@ CANDIDATE_REJECTED = "candidate.rejected"  # reason, gain, low, high
 DRAFT_SWAPPED = "draft.swapped"  # decoder, version, pause_s, bytes
 DRAFT_SWAP_REFUSED = "draft.swap_refused"  # decoder, version, reason, error
 DRAFT_ROLLED_BACK = "draft.rolled_back"  # version, reason
+TRACES_AGED_OUT = "traces.aged_out"  # target_id, traces
 BUFFER_UNAVAILABLE = "buffer.unavailable"  # error
 
 CATALOGUE = frozenset(value for name, value in list(globals().items()) if name.isupper() and isinstance(value, str))

@@ -89,7 +89,8 @@ class Daemon:
         self.learner = self._cluster.learner(self.buffer_url) if self.config.learn.enabled else None
         versions = await self.pool.start()
         if self.learner is not None:
-            await self.learner.status.remote()
+            # Before the first tick: what an earlier target judged is not what this one will say.
+            await self.learner.follow_target.remote((await self.pool.status())[0]["target_id"])
         # A tick that is due while one runs is skipped by design; the scheduler would warn of each.
         logging.getLogger("apscheduler").setLevel(logging.ERROR)
         self._scheduler = AsyncIOScheduler()

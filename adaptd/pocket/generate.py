@@ -76,6 +76,19 @@ def perplexity(model: LlamaForCausalLM, items: Sequence[Encoded], pad: int) -> f
 
 
 @torch.inference_mode()
+def divergence(tuned: LlamaForCausalLM, base: LlamaForCausalLM, items: Sequence[Encoded], pad: int) -> float:
+    """Mean KL(tuned || base) per answer token over the full vocabulary, nats."""
+    total, count = 0.0, 0
+    for batch in batches(items, 4096, torch.Generator().manual_seed(0)):
+        ids, _, is_answer = collate(batch, pad)
+        keep = is_answer[:, 1:]
+        p, q = (m(input_ids=ids).logits[:, :-1][keep].float().log_softmax(-1) for m in (tuned, base))
+        total += (p.exp() * (p - q)).sum().item()
+        count += int(keep.sum())
+    return total / count
+
+
+@torch.inference_mode()
 def greedy_acceptance(draft: LlamaForCausalLM, answers: Sequence[Encoded], k: int, pad: int) -> float:
     """Mean acceptance length of `draft` along the target's greedy answers: exact from one teacher-forced pass."""
     emitted = rounds = 0.0
