@@ -63,7 +63,7 @@ def merged(base: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError) as exc:
         reason = str(exc).strip().split("\n")[0]
         raise ConfigError(f"the adapter in {path} does not fit its base {base_of(path)!r}: {reason}") from exc
-    whole: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
+    whole: PreTrainedModel = adapted.merge_and_unload()
     return whole
 
 
