@@ -52,14 +52,28 @@ def merged(base: PreTrainedModel, path: str | Path) -> PreTrainedModel:
       ConfigError: the folder has no safetensors weights, or they do not fit the base.
     """
     # Imported here: peft takes seconds to import, and few targets are adapters.
-    from peft import PeftModel
+    from peft import (
+        PeftConfig,
+        get_peft_model,
+        get_peft_model_state_dict,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
 
     if not (Path(path) / _WEIGHTS).is_file():
         # peft would look for a pickled file next.
         raise ConfigError(f"{path} has no {_WEIGHTS}: save the adapter with safe serialization")
     try:
         with _quiet():
-            adapted = PeftModel.from_pretrained(base, str(path))
+            config = PeftConfig.from_pretrained(str(path))
+            config.base_model_name_or_path = base.name_or_path  # or peft warns of a change
+            adapted = get_peft_model(base, config)
+            weights = load_peft_weights(str(path), device="cpu")
+            # peft itself leaves out what has no place and keeps at zero what is missing.
+            strange = sorted(weights.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys())
+            if strange:
+                raise ValueError(f"{len(strange)} tensors have no counterpart, the first is {strange[0]}")
+            set_peft_model_state_dict(adapted, weights)
     except (OSError, ValueError, RuntimeError) as exc:
         reason = str(exc).strip().split("\n")[0]
         raise ConfigError(f"the adapter in {path} does not fit its base {base_of(path)!r}: {reason}") from exc
@@ -91,7 +105,8 @@ class TrainedAdapter:
         for parameter in self.parameters():
             parameter.data = parameter.data.bfloat16()
         self._model.peft_config["default"].base_model_name_or_path = base_name
-        self._model.save_pretrained(str(folder))
+        # Not "auto", for which peft looks the base up on the hub.
+        self._model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 

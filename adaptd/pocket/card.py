@@ -12,6 +12,7 @@ from adaptd.pocket.data import DOMAINS, Exchange
 
 _PROMPTS_PER_DOMAIN = 100
 _K = 4
+_TUNED_PROMPTS = 40
 
 _TEMPLATE = """# The pocket family
 
@@ -64,13 +65,13 @@ _TUNED = """{heading}
 trained on the family's math text alone: a target that was fine-tuned after its draft was made. `pocket-math` names the
 target with the deltas merged, in `target.model` and in the phases of a benchmark stream.
 
-| domain | KL(tuned, base), nats a token | perplexity: base | tuned | MAL of the draft: base | tuned |
-|---|---|---|---|---|---|
+| domain | KL(tuned, base), nats a token | perplexity of the base | of the tuned target |
+|---|---|---|---|
 {rows}
 
-Measured on {n} held-out exchanges per domain (seed {seed}): KL and perplexity on the reference answers, MAL (k = {k}) on each
-target's own greedy answers. `python -m adaptd.pocket.tune --data DIR --out adaptd/pocket` (seed {seed}, {steps} steps of
-{batch_tokens:,} tokens, one CPU core). Data: the train parts of GSM8K (MIT) and AQuA-RAT (Apache-2.0) that the target had too.
+Measured on the reference answers of {n} held-out exchanges per domain. `python -m adaptd.pocket.tune --data DIR --out
+adaptd/pocket` (seed {seed}, {steps} steps of {batch_tokens:,} tokens, one CPU core). Data: the train parts of GSM8K (MIT) and
+AQuA-RAT (Apache-2.0), which the target had too.
 """
 
 
@@ -141,24 +142,14 @@ def write(
 def measure_tuned(
     tuned: LlamaForCausalLM,
     base: LlamaForCausalLM,
-    draft: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     held_out: dict[str, list[Exchange]],
-    seed: int,
 ) -> dict[str, dict[str, float]]:
-    """The tuned target's figures, by domain, on the same prompts as the base's in `measure`."""
-    pad = tokenizer.pad_token_id
+    """What tuning changed, by domain."""
     figures: dict[str, dict[str, float]] = {}
     for domain in DOMAINS:
-        exchanges = held_out[domain][:_PROMPTS_PER_DOMAIN]
-        prompts = [e.prompt for e in exchanges]
-        greedy = generate.answer(tuned, tokenizer, prompts, domain, temperature=0, max_new_tokens=96, seed=seed)
-        references = text.encode(tokenizer, exchanges, text.CONTEXT, 288)
-        figures[domain] = {
-            "kl": generate.divergence(tuned, base, references, pad),
-            "perplexity": generate.perplexity(tuned, references, pad),
-            "mal_greedy": generate.greedy_acceptance(draft, greedy, _K, pad),
-        }
+        references = text.encode(tokenizer, held_out[domain][:_TUNED_PROMPTS], text.CONTEXT, 288)
+        figures[domain] = generate.compare(tuned, base, references, tokenizer.pad_token_id)._asdict()
         print(domain, figures[domain], flush=True)
     return figures
 
@@ -167,19 +158,16 @@ def write_tuned(
     figures: dict[str, dict[str, float]], out: Path, *, rank: int, steps: int, batch_tokens: int, seed: int
 ) -> None:
     """Put the section on the tuned target at the end of `MODEL_CARD.md` and its figures in `figures_math.json`."""
-    base = json.loads((out / "figures.json").read_text(encoding="utf-8"))
     rows = "\n".join(
-        f"| {d} | {f['kl']:.3f} | {base[d]['perplexity']:.1f} | {f['perplexity']:.1f} "
-        f"| {base[d]['mal_greedy']:.2f} | {f['mal_greedy']:.2f} |"
+        f"| {d} | {f['kl']:.3f} | {f['perplexity_base']:.1f} | {f['perplexity_tuned']:.1f} |"
         for d, f in figures.items()
     )
     section = _TUNED.format(
         heading=_TUNED_HEADING,
         rank=rank,
         rows=rows,
-        n=_PROMPTS_PER_DOMAIN,
+        n=_TUNED_PROMPTS,
         seed=seed,
-        k=_K,
         steps=steps,
         batch_tokens=batch_tokens,
     )

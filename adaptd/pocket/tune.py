@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -81,10 +82,10 @@ def build_adapter(args: argparse.Namespace) -> None:
 def describe(args: argparse.Namespace) -> None:
     """Measure the tuned target beside its base and write the card's section."""
     tokenizer = text.load_tokenizer(args.out / "target")
-    base, draft = build.load(args.out / "target"), build.load(args.out / "draft")
-    tuned = load_causal_lm(args.out / FOLDER, dtype="float32", device="cpu")
+    base = build.load(args.out / "target")
+    tuned = cast(LlamaForCausalLM, load_causal_lm(args.out / FOLDER, dtype="float32", device="cpu"))
     held_out = build.held_out_prompts(args, tokenizer)
-    figures = card.measure_tuned(tuned, base, draft, tokenizer, held_out, args.seed)
+    figures = card.measure_tuned(tuned, base, tokenizer, held_out)
     card.write_tuned(figures, args.out, rank=RANK, steps=args.steps, batch_tokens=args.batch_tokens, seed=args.seed)
 
 
@@ -92,10 +93,10 @@ def main() -> None:
     """Parse the command line, train, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with <source>.<split>.jsonl.gz")
-    parser.add_argument("--out", type=Path, required=True, help="folder with target/ and draft/; gets target_math/")
-    parser.add_argument("--steps", type=int, default=64, help="optimiser steps (default 64)")
-    parser.add_argument("--batch-tokens", type=int, default=1536, help="tokens a step (default 1536)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="learning rate of AdamW (default 4e-3)")
+    parser.add_argument("--out", type=Path, required=True, help="folder with target/; gets target_math/")
+    parser.add_argument("--steps", type=int, default=192, help="optimiser steps (default 192)")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens a step (default 2048)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW (default 3e-3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     args = parser.parse_args()
     torch.set_num_threads(1)

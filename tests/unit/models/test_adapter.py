@@ -84,8 +84,14 @@ def test_pickled_weights_are_never_read(folder):
         load(folder / "tuned")
 
 
-def test_an_adapter_of_another_shape_names_both(folder, make_model):
-    make_model("qwen3").save_pretrained(folder / "base")
+@pytest.mark.parametrize("other", [{"layers": 1}, {"layers": 3}, {"kind": "gpt2"}], ids=str)
+def test_an_adapter_that_does_not_fit_is_refused_whole(folder, make_model, other):
+    """peft would merge what fits and say nothing."""
+    shutil.rmtree(folder / "base")
+    make_model(**other).save_pretrained(folder / "base")
+    config = folder / "tuned" / "adapter_config.json"
+    # By their last names, as peft writes them for a deeper model: each layer has one.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": ["q_proj", "down_proj"]}))
     with pytest.raises(ConfigError, match=r"the adapter in .*tuned does not fit its base '.*base'"):
         load(folder / "tuned")
 
