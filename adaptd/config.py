@@ -47,7 +47,8 @@ class ModelConfig(_Section):
     """A model: a Hugging Face directory or name."""
 
     model: str = "pocket"
-    """Path or name; `pocket` is the family shipped in the wheel."""
+    """Path or name; `pocket` is the family shipped in the wheel, `pocket-math` its target tuned on math. The folder of a
+    LoRA adapter (peft) stands for its base with the adapter merged."""
 
 
 class AdaptConfig(_Section):

@@ -24,6 +24,7 @@ DRAFT_INSTALLED = "draft.installed"  # upstream, version, pause_s, seconds, byte
 DRAFT_LOST = "draft.lost"  # upstream, version, reason
 DRAFT_RESTORED = "draft.restored"  # upstream, version, reason
 DRAFT_RESTORE_FAILED = "draft.restore_failed"  # upstream, version, reason, error
+TRACES_AGED_OUT = "traces.aged_out"  # target_id, traces
 BUFFER_UNAVAILABLE = "buffer.unavailable"  # error
 UPSTREAM_PROBED = "upstream.probed"  # version, k, top_logprobs, capture, reason
 UPSTREAM_LOST = "upstream.lost"  # error

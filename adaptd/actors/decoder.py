@@ -27,7 +27,8 @@ class DecoderActor:
         log.configure(config.log.level, config.log.style)
         set_threads(config.engine.threads)
         pair = load_pair(config, config.ray.decoder_gpus)
-        self._loop = build_loop(config, pair.target, pair.draft.model, pair.tokenizer, weights_id(pair.target)[:16])
+        self._target_id = weights_id(pair.target)[:16]
+        self._loop = build_loop(config, pair.target, pair.draft.model, pair.tokenizer, self._target_id)
         self._writer = TraceWriter(
             open_table(buffer_url, config.deployment, **config.buffer.model_dump(exclude={"url"})),
             max_pending=config.capture.max_pending,
@@ -88,8 +89,9 @@ class DecoderActor:
         return await asyncio.to_thread(self._writer.flush, 5.0)
 
     async def status(self) -> dict[str, Any]:
-        """Version, load, swap and writer counters."""
+        """Target, version, load, swap and writer counters."""
         return {
+            "target_id": self._target_id,
             "draft_version": self._follower.version,
             "engine": dataclasses.asdict(self._loop.stats()),
             "swap": self._follower.counts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -32,12 +33,25 @@ class LearnerActor:
         self._cycle = learner_cycle(config, draft, identity, table, config.home, np.random.default_rng(config.seed))
         self._keep = config.checkpoints.keep
         self._trigger = LearnTrigger(config.learn.min_new_traces, config.learn.interval_s)
+        self._new_target: str | None = None  # traces of another one may still be in the buffer
+
+    def follow_target(self, target_id: str) -> None:
+        """What another target judged is removed from the buffer: now, or before anything is learned if it is unreachable."""
+        self._new_target = target_id
+        with contextlib.suppress(TableUnavailable):
+            self._age_out()
+
+    def _age_out(self) -> None:
+        if self._new_target is not None:
+            self._cycle.follow_target(self._new_target)
+            self._new_target = None
 
     def tick(self, drifted: bool, since_last_s: float) -> dict[str, Any] | None:
         """Learn if a trigger is due; the report of the tick, or None. Raises nothing for an unreachable buffer."""
         if drifted:
             self._cycle.drifted()
         try:
+            self._age_out()
             reason = self._trigger.due(self._cycle.new_traces(), since_last_s, drifted)
             return dataclasses.asdict(self._cycle.tick(reason, self._keep)) if reason else None
         except TableUnavailable:

@@ -44,7 +44,8 @@ class Daemon(Adaptation):
         self.pool = DecoderPool(self._cluster.decoders(self.buffer_url))
         versions = await self.pool.start()
         if self.learner is not None:
-            await self.learner.status.remote()  # it has loaded its draft, or says why it cannot
+            # Before the first tick: what an earlier target judged is not what this one will say.
+            await self.learner.follow_target.remote((await self.pool.status())[0]["target_id"])
         self._start_scheduler()
         self._start_ticking()
         if url:

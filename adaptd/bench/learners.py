@@ -127,6 +127,10 @@ class Learner:
     def observe(self, traces: Sequence[Trace]) -> None:
         """Traces that the served draft left behind, in order; may change what is served."""
 
+    def change_target(self, target_id: str) -> None:
+        """The server is restarted with another target: recall lives in its memory. What was learned stays served."""
+        self.recall = build_recall(self.config, "cpu")
+
     def captured(self, trace: Trace) -> int:
         """Bytes kept of a trace."""
         return self.kept(trace).nbytes
@@ -229,6 +233,11 @@ class Cycle(Learner):
             manifest, tensors = self._store.load(report.published)
             self.draft.load(tensors)
             self.draft.keep_on_base(manifest.gate.get("on_base", ()))
+
+    def change_target(self, target_id: str) -> None:
+        """The old target's traces go, and the mixture begins again."""
+        super().change_target(target_id)
+        self._cycle.follow_target(target_id)
 
 
 def build(spec: LearnerSpec, config: Config, seed: int) -> Learner:

@@ -23,13 +23,15 @@ from adaptd.actors.threads import set_threads
 from adaptd.bench import metrics
 from adaptd.bench.answers import AnswerPool, read_answers
 from adaptd.bench.learners import LearnerSpec, build
-from adaptd.bench.stream import Stream, plan
+from adaptd.bench.stream import Source, Stream, plan
 from adaptd.bench.verify import verify
 from adaptd.config import Config
 from buffers.trace import Trace
 
-#: Files of answers by domain.
-Answers = Mapping[str, Path]
+#: Files of answers by target and domain.
+Answers = Mapping[Source, Path]
+#: `target_id` of the configuration's target; any other has its name.
+_DEFAULT_TARGET = "bench"
 #: Requests served by one version at least: as if this many were in flight.
 CHUNK = 16
 
@@ -59,9 +61,20 @@ class Run:
 
 
 def fill(
-    config: Config, pair: Pair, prompts: Mapping[str, Sequence[str]], stream: Stream, spare: bool = False
-) -> Answers:
-    """The files of a stream's answers by domain, generated where they are not there yet; `spare`: as many again."""
+    config: Config,
+    pair: Pair,
+    prompts: Mapping[str, Sequence[str]],
+    stream: Stream,
+    spare: bool = False,
+    target: str | None = None,
+) -> dict[Source, Path]:
+    """The files of one target's answers in a stream, generated where they are not there yet.
+
+    Args:
+      pair: with that target.
+      spare: as many again.
+      target: as the stream's phases name it.
+    """
     answers = AnswerPool(
         pair,
         {d: prompts[d] for d in stream.domains if d in prompts},
@@ -72,28 +85,63 @@ def fill(
         k_top=config.capture.k_top,
         max_length=config.engine.max_length,
     )
-    return {domain: answers.fill(domain, 2 * n if spare else n) for domain, n in stream.pool().items()}
+    return {
+        source: answers.fill(source.domain, 2 * n if spare else n)
+        for source, n in stream.pool().items()
+        if source.target == target
+    }
+
+
+def fill_all(
+    config: Config, prompts: Mapping[str, Sequence[str]], streams: Sequence[Stream], spare: bool
+) -> dict[str, Answers]:
+    """The files of every stream, by its name; one target is loaded at a time."""
+    files: dict[str, dict[Source, Path]] = {stream.name: {} for stream in streams}
+    for target in dict.fromkeys(target for stream in streams for target in stream.targets):
+        pair = load_pair(_with_target(config, target), 0.0)
+        for stream in streams:
+            if target in stream.targets:
+                files[stream.name] |= fill(config, pair, prompts, stream, spare, target)
+    return dict(files)
+
+
+def _with_target(config: Config, target: str | None) -> Config:
+    if target is None:
+        return config
+    return config.model_copy(update={"target": config.target.model_copy(update={"model": target})})
 
 
 def spare_answers(answers: Answers, stream: Stream, seed: int) -> list[Trace]:
-    """As many answers of each domain as the stream asks for, none of them one of its own, in random order."""
+    """As many answers of each source as the stream asks for, none of them one of its own, in random order."""
     slots = plan(stream, seed)
     rng = np.random.default_rng([seed, 0x0DD])
     found: list[Trace] = []
-    for domain, path in answers.items():
-        used = {s.draw for s in slots if s.domain == domain}
-        pool = [a for i, a in enumerate(read_answers(path, 2 * stream.pool()[domain])) if i not in used]
+    for source, path in answers.items():
+        used = {s.draw for s in slots if s.source == source}
+        pool = [a for i, a in enumerate(read_answers(path, 2 * stream.pool()[source])) if i not in used]
         found += [pool[i] for i in rng.permutation(len(pool))[: len(used)]]
     return [found[i] for i in rng.permutation(len(found))]
 
 
 def requests(answers: Answers, stream: Stream, seed: int) -> list[Trace]:
-    """The stream's answers in the order of one seed; each request has an id of its own."""
-    by_domain = {domain: read_answers(answers[domain], n) for domain, n in stream.pool().items()}
+    """The stream's answers in the order of one seed; each request has an id of its own, each target one in `target_id`."""
+    by_source = {source: read_answers(answers[source], n) for source, n in stream.pool().items()}
     return [
-        dataclasses.replace(by_domain[s.domain][s.draw], request_id=f"{seed}-{i}-{s.domain}")
+        dataclasses.replace(
+            by_source[s.source][s.draw],
+            request_id=f"{seed}-{i}-{s.source.domain}",
+            target_id=s.source.target or _DEFAULT_TARGET,
+        )
         for i, s in enumerate(plan(stream, seed))
     ]
+
+
+def chunks(answers: Sequence[Trace]) -> Iterator[list[Trace]]:
+    """`CHUNK` requests at a time, never of two targets: a server that changes its target is restarted."""
+    for _, group in itertools.groupby(answers, key=lambda answer: answer.target_id):
+        same = list(group)
+        for start in range(0, len(same), CHUNK):
+            yield same[start : start + CHUNK]
 
 
 def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, seed: int) -> Run:
@@ -108,8 +156,11 @@ def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, see
     rounds: list[float] = []
     versions: list[int] = []
     kept = positions = 0
-    for start in range(0, len(answers), CHUNK):
-        chunk = answers[start : start + CHUNK]
+    target = answers[0].target_id
+    for chunk in chunks(answers):
+        if chunk[0].target_id != target:
+            target = chunk[0].target_id
+            learner.change_target(target)
         found, traces = verify(
             learner.model, chunk, learner.config.engine.k, rng, version=learner.version, recall=learner.recall
         )
@@ -149,9 +200,7 @@ def sweep(
 
     The oracle runs at each of its rates; the caller keeps the best (`best_of`).
     """
-    pair = load_pair(config, 0.0)
-    spare = any(spec.held_out for spec in specs)
-    files = {stream.name: fill(config, pair, prompts, stream, spare) for stream in streams}
+    files = fill_all(config, prompts, streams, any(spec.held_out for spec in specs))
     tasks = [
         (config, files[stream.name], stream, variant, seed)
         for stream, seed, spec in itertools.product(streams, seeds, specs)
@@ -236,7 +285,10 @@ def summarise(stream: Stream, runs: Sequence[Run], settle: int) -> dict[str, Any
 
 
 def _return(stream: Stream) -> tuple[int, int] | None:
-    """The last phase and the first one of the same unmoving traffic, if it comes back."""
+    """The last phase and the first one of the same unmoving traffic and target, if it comes back."""
     last = len(stream.phases) - 1
-    same = [i for i, p in enumerate(stream.phases[:last]) if p.to is None and p.mix == stream.phases[last].mix]
+    end = stream.phases[last]
+    same = [
+        i for i, p in enumerate(stream.phases[:last]) if p.to is None and p.mix == end.mix and p.target == end.target
+    ]
     return (same[0], last) if same and same[0] < last - 1 else None

@@ -1,11 +1,13 @@
 """Streams of requests with changing traffic, as YAML, and the plan that one seed makes of them.
 
 A phase draws its requests from a mixture of domains that is fixed or moves linearly from `mix` to `to`. Every request
-of a stream is another answer of the target: nothing is served twice.
+of a stream is another answer of the target: nothing is served twice. Where a phase has another target, the same prompt may
+come again, with that target's answer.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -33,6 +35,8 @@ class Phase(BaseModel):
     to: dict[str, float] | None = None
     """Mixture at the phase's end; None: it does not move."""
     requests: int = Field(ge=1)
+    target: str | None = Field(None, min_length=1)
+    """Who answers, as `target.model` names it; None: the configuration's target."""
 
     @field_validator("mix", "to")
     @classmethod
@@ -49,12 +53,21 @@ class Phase(BaseModel):
 
     @property
     def label(self) -> str:
-        """For tables: `math`, or `medical > math` where it moves."""
+        """For tables: `math`, `medical > math` where it moves, `math (pocket-math)` from another target."""
 
         def names(mix: dict[str, float]) -> str:
             return "+".join(name for name, share in mix.items() if share > 0)
 
-        return names(self.mix) if self.to is None else f"{names(self.mix)} > {names(self.to)}"
+        traffic = names(self.mix) if self.to is None else f"{names(self.mix)} > {names(self.to)}"
+        return traffic if self.target is None else f"{traffic} ({self.target})"
+
+
+class Source(NamedTuple):
+    """Where an answer comes from."""
+
+    target: str | None
+    """As in `Phase.target`."""
+    domain: str
 
 
 class Stream(BaseModel):
@@ -80,6 +93,11 @@ class Stream(BaseModel):
         found = {d: None for p in self.phases for mix in (p.mix, p.to or {}) for d, share in mix.items() if share > 0}
         return list(found)
 
+    @property
+    def targets(self) -> list[str | None]:
+        """Every target, in order of appearance."""
+        return list(dict.fromkeys(p.target for p in self.phases))
+
     def scaled(self, factor: float) -> Stream:
         """The same stream with phases of `factor` times the length, at least 8 requests each."""
         phases = tuple(p.model_copy(update={"requests": max(8, round(p.requests * factor))}) for p in self.phases)
@@ -95,20 +113,23 @@ class Stream(BaseModel):
             raise ConfigError(f"temperature ({temperature}) must be at least 0")
         return self.model_copy(update={"temperature": temperature})
 
-    def pool(self) -> dict[str, int]:
-        """Answers to keep a domain: enough for any seed, with some to spare."""
-        expected = {
-            d: sum(p.requests * (p.share(d, 0.0) + p.share(d, 1.0)) / 2 for p in self.phases) for d in self.domains
-        }
+    def pool(self) -> dict[Source, int]:
+        """Answers to keep of each target to each domain: enough for any seed, with some to spare."""
+        expected: dict[Source, float] = {}
+        for target, domain in itertools.product(self.targets, self.domains):
+            phases = [p for p in self.phases if p.target == target]
+            expected[Source(target, domain)] = sum(
+                p.requests * (p.share(domain, 0.0) + p.share(domain, 1.0)) / 2 for p in phases
+            )
         # A random mixture strays from its expectation by the square root of it, at most.
-        return {d: math.ceil(_SPARE * n + 4 * math.sqrt(n)) for d, n in expected.items()}
+        return {source: math.ceil(_SPARE * n + 4 * math.sqrt(n)) for source, n in expected.items() if n > 0}
 
 
 class Slot(NamedTuple):
-    """One request of a plan: the `draw`-th answer of its domain's pool."""
+    """One request of a plan: the `draw`-th answer of its source."""
 
     phase: int
-    domain: str
+    source: Source
     draw: int
 
 
@@ -119,20 +140,21 @@ def plan(stream: Stream, seed: int) -> list[Slot]:
       ConfigError: the random mixture of this seed asked for more answers than the pool holds.
     """
     rng = np.random.default_rng([seed, 0x5EED])
-    order = {domain: rng.permutation(n) for domain, n in stream.pool().items()}
-    used: Counter[str] = Counter()
+    order = {source: rng.permutation(n) for source, n in stream.pool().items()}
+    used: Counter[Source] = Counter()
     slots: list[Slot] = []
     for index, phase in enumerate(stream.phases):
         for i in range(phase.requests):
             progress = i / max(1, phase.requests - 1)
             shares = np.array([phase.share(d, progress) for d in stream.domains])
             domain = stream.domains[int(rng.choice(len(shares), p=shares / shares.sum()))]
-            if used[domain] >= len(order[domain]):
+            source = Source(phase.target, domain)
+            if used[source] >= len(order[source]):
                 raise ConfigError(
-                    f"stream {stream.name}, seed {seed}: more than {used[domain]} {domain} requests drawn"
+                    f"stream {stream.name}, seed {seed}: more than {used[source]} {domain} requests drawn"
                 )
-            slots.append(Slot(index, domain, int(order[domain][used[domain]])))
-            used[domain] += 1
+            slots.append(Slot(index, source, int(order[source][used[source]])))
+            used[source] += 1
     return slots
 
 

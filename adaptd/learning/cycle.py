@@ -150,6 +150,18 @@ class LearnerCycle:
         self._phase_steps = 0
         self._effort = 1.0
 
+    def follow_target(self, target_id: str) -> int:
+        """Decoders serve this target from now on: what another one judged is removed from the table; how many traces.
+
+        Raises:
+          TableUnavailable: the table cannot be reached; nothing has changed.
+        """
+        removed = self._table.age_out(target_id)
+        if removed:
+            self.drifted()
+            _log.info(events.TRACES_AGED_OUT, target_id=target_id, traces=removed)
+        return removed
+
     def tick(self, reason: str, keep: int = 20) -> TickReport:
         """Learn, judge, perhaps publish; at most `keep` versions stay. Never raises for bad data or a refused candidate."""
         report = TickReport(reason=reason, at=self._clock())

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from adaptd.errors import ConfigError, VocabularyMismatch
+from adaptd.models.adapter import base_of, is_adapter, merged
 from checkpoints import manifest
 
 Role = Literal["target", "draft"]
@@ -33,18 +34,17 @@ class LoadedDraft(NamedTuple):
 
 
 def resolve(name: str, role: Role) -> str:
-    """The folder or Hugging Face name to load: `pocket` is the shipped model of that role.
+    """The folder or Hugging Face name to load: `pocket` is the shipped model of that role, `pocket-math` the tuned target.
 
     Raises:
-      ConfigError: the pocket folder was not shipped, or `name` is written as a path and is no folder.
+      ConfigError: the pocket folder was not shipped, it is of the other role, or `name` is written as a path and is no folder.
     """
     if name == "pocket":
-        folder = Path(str(files("adaptd.pocket"))) / role
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"the pocket {role} is not in {folder}: install the wheel, or run `python -m adaptd.pocket.build`"
-            )
-        return str(folder)
+        return _shipped(role, "config.json", "build")
+    if name == "pocket-math":
+        if role != "target":
+            raise ConfigError(f"{role} model {name!r} is a target: use `pocket`")
+        return _shipped("target_math", "adapter_config.json", "tune")
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -53,11 +53,21 @@ def resolve(name: str, role: Role) -> str:
     return name
 
 
+def _shipped(part: str, marker: str, maker: str) -> str:
+    folder = Path(str(files("adaptd.pocket"))) / part
+    if not (folder / marker).is_file():
+        raise ConfigError(
+            f"the pocket {part} is not in {folder}: install the wheel, or run `python -m adaptd.pocket.{maker}`"
+        )
+    return str(folder)
+
+
 def load_causal_lm(path: str | Path, *, dtype: str, device: str) -> PreTrainedModel:
     """A causal language model in eval mode, with nothing requiring gradients.
 
     Args:
-      path: a folder or Hugging Face name; see `resolve` for `pocket`.
+      path: a folder or Hugging Face name; see `resolve` for `pocket`. A folder with a LoRA adapter in the format of peft
+        stands for its base with the adapter merged.
       dtype: `float32`, `bfloat16`, `float16`, or `auto` for the precision on disk.
       device: a torch device, or `auto` for CUDA where there is one.
 
@@ -74,7 +84,7 @@ def model_limits(path: str | Path) -> tuple[int, int]:
       ConfigError: it cannot be loaded.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(base_of(path))
     except (OSError, ValueError) as exc:
         raise ConfigError(f"no model configuration could be loaded from {str(path)!r}: {_first_line(exc)}") from exc
     text = config.get_text_config()
@@ -89,13 +99,13 @@ def load_draft(path: str | Path, *, dtype: str, device: str) -> LoadedDraft:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or Hugging Face name.
+    """The tokenizer of a model folder or Hugging Face name; an adapter has its base's.
 
     Raises:
       ConfigError: it cannot be loaded.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base_of(path))
     except (OSError, ValueError) as exc:
         raise ConfigError(f"no tokenizer could be loaded from {str(path)!r}: {_first_line(exc)}") from exc
     return tokenizer
@@ -174,13 +184,14 @@ def freeze(model: nn.Module) -> None:
 
 
 def _load(path: str | Path) -> PreTrainedModel:
-    """The model in the precision on disk."""
+    """The model in the precision on disk; an adapter is merged in that of its base."""
     hf_logging.disable_progress_bar()  # it would stand in the middle of tables and logs
+    base = base_of(path)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as exc:
-        raise ConfigError(f"no causal language model could be loaded from {str(path)!r}: {_first_line(exc)}") from exc
-    return model
+        raise ConfigError(f"no causal language model could be loaded from {base!r}: {_first_line(exc)}") from exc
+    return merged(model, path) if is_adapter(path) else model
 
 
 def _place(model: PreTrainedModel, dtype: str, device: str) -> PreTrainedModel:

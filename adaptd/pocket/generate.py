@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -73,6 +73,31 @@ def perplexity(model: LlamaForCausalLM, items: Sequence[Encoded], pad: int) -> f
         total -= logprobs.gather(-1, ids[:, 1:][keep][:, None]).sum().item()
         count += int(keep.sum())
     return math.exp(total / count)
+
+
+class Comparison(NamedTuple):
+    """A tuned model beside its base on the same text."""
+
+    kl: float
+    """Mean KL(tuned || base) per answer token over the full vocabulary, nats."""
+    perplexity_base: float
+    perplexity_tuned: float
+
+
+@torch.inference_mode()
+def compare(tuned: LlamaForCausalLM, base: LlamaForCausalLM, items: Sequence[Encoded], pad: int) -> Comparison:
+    """How far a tuned model is from its base on answer tokens, and how well each predicts them."""
+    totals, count = torch.zeros(3, dtype=torch.float64), 0
+    for batch in batches(items, 4096, torch.Generator().manual_seed(0)):
+        ids, _, is_answer = collate(batch, pad)
+        keep = is_answer[:, 1:]
+        p, q = (m(input_ids=ids).logits[:, :-1][keep].float().log_softmax(-1) for m in (tuned, base))
+        emitted = ids[:, 1:][keep][:, None]
+        kl = (p.exp() * (p - q)).sum()
+        totals += torch.stack([kl, -q.gather(-1, emitted).sum(), -p.gather(-1, emitted).sum()]).double()
+        count += int(keep.sum())
+    mean = (totals / count).tolist()
+    return Comparison(mean[0], math.exp(mean[1]), math.exp(mean[2]))
 
 
 @torch.inference_mode()

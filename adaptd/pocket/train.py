@@ -133,7 +133,7 @@ def fit(
     first = _resume(model, optimiser, state_dir)
     started = saved = time.monotonic()
     seen, running = 0, 0.0
-    for step, batch in enumerate(_stream(items, batch_tokens, seed), start=1):
+    for step, batch in enumerate(stream(items, batch_tokens, seed), start=1):
         if step > steps:
             break
         if step <= first:
@@ -152,7 +152,8 @@ def fit(
             saved = time.monotonic()
 
 
-def _stream(items: Sequence[Encoded], tokens: int, seed: int) -> Iterator[list[Encoded]]:
+def stream(items: Sequence[Encoded], tokens: int, seed: int) -> Iterator[list[Encoded]]:
+    """Batches of about `tokens` tokens, epoch after epoch, without end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from batches(items, tokens, generator)

@@ -19,7 +19,9 @@ MAX_BYTES = 24 * 2**20
 
 
 def test_everything_that_ships_fits_the_limit() -> None:
-    shipped = [p for name in ("target", "draft", "prompts") for p in (FOLDER / name).rglob("*") if p.is_file()]
+    shipped = [
+        p for name in ("target", "target_math", "draft", "prompts") for p in (FOLDER / name).rglob("*") if p.is_file()
+    ]
     assert 0 < sum(p.stat().st_size for p in shipped) <= MAX_BYTES
 
 
@@ -61,6 +63,15 @@ def test_the_card_states_what_was_measured() -> None:
         assert f"| {domain} | {f['perplexity']:.1f} | {f['mal_greedy']:.2f} |" in card
         assert f["looping_sampled"] <= 0.05
     assert figures["medical"]["mal_greedy"] >= 1.25 * figures["math"]["mal_greedy"]
+
+
+def test_the_card_states_what_tuning_changed() -> None:
+    figures = json.loads((FOLDER / "figures_math.json").read_text())
+    card = (FOLDER / "MODEL_CARD.md").read_text()
+    assert set(figures) == {"medical", "math", "tools", "code"}
+    for domain, f in figures.items():
+        assert f"| {domain} | {f['kl']:.3f} | {f['perplexity_base']:.1f} | {f['perplexity_tuned']:.1f} |" in card
+    assert figures["math"]["perplexity_tuned"] < figures["math"]["perplexity_base"], "tuned on math"
 
 
 @pytest.mark.parametrize("domain", ["medical", "math", "tools", "code"])

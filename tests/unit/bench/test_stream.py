@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adaptd.bench.learners import LearnerSpec
-from adaptd.bench.stream import Phase, Stream, plan, read_spec
+from adaptd.bench.stream import Phase, Source, Stream, plan, read_spec
 from adaptd.config import load
 from adaptd.errors import ConfigError
 from policies.selection import Mixture
@@ -16,10 +16,10 @@ SHARP = Stream(name="s", phases=(Phase(mix={"a": 1}, requests=30), Phase(mix={"b
 
 def test_phases_follow_each_other_and_no_answer_is_served_twice() -> None:
     slots = plan(SHARP, 0)
-    assert [s.domain for s in slots] == ["a"] * 30 + ["b"] * 20
+    assert [s.source.domain for s in slots] == ["a"] * 30 + ["b"] * 20
     assert [s.phase for s in slots] == [0] * 30 + [1] * 20
-    assert len({(s.domain, s.draw) for s in slots}) == 50
-    assert all(s.draw < SHARP.pool()[s.domain] for s in slots)
+    assert len({(s.source, s.draw) for s in slots}) == 50
+    assert all(s.draw < SHARP.pool()[s.source] for s in slots)
 
 
 def test_a_seed_decides_the_order_and_the_choice() -> None:
@@ -30,7 +30,7 @@ def test_a_seed_decides_the_order_and_the_choice() -> None:
 def test_a_moving_mixture_goes_from_one_domain_to_the_other() -> None:
     stream = Stream(name="d", phases=(Phase(mix={"a": 1}, to={"b": 3}, requests=900),))
     slots = plan(stream, 0)
-    thirds = [Counter(s.domain for s in slots[i : i + 300])["b"] / 300 for i in (0, 300, 600)]
+    thirds = [Counter(s.source.domain for s in slots[i : i + 300])["b"] / 300 for i in (0, 300, 600)]
     assert thirds == pytest.approx([1 / 6, 1 / 2, 5 / 6], abs=0.08)
     assert stream.phases[0].label == "a > b"
 
@@ -39,6 +39,26 @@ def test_every_seed_finds_enough_answers_in_the_pool() -> None:
     stream = Stream(name="m", phases=(Phase(mix={"a": 1, "b": 1, "c": 2}, requests=200),))
     for seed in range(300):
         assert len(plan(stream, seed)) == 200
+
+
+def test_each_target_has_a_pool_of_its_own_and_a_prompt_may_come_again() -> None:
+    phases = [Phase(mix={"a": 1}, requests=40, target=target) for target in (None, "tuned", None)]
+    stream = Stream(name="t", phases=tuple(phases))
+    assert stream.targets == [None, "tuned"]
+    pool = stream.pool()
+    assert set(pool) == {Source(None, "a"), Source("tuned", "a")}
+    assert pool[Source(None, "a")] > 80 > pool[Source("tuned", "a")] > 40
+    slots = plan(stream, 0)
+    assert [s.source.target for s in slots] == [None] * 40 + ["tuned"] * 40 + [None] * 40
+    assert len({(s.source, s.draw) for s in slots}) == 120, "no answer twice"
+    assert {s.draw for s in slots[:40]} & {s.draw for s in slots[40:80]}, "prompts may come again"
+    assert [p.label for p in phases] == ["a", "a (tuned)", "a"]
+    assert [p.target for p in stream.scaled(0.5).phases] == [None, "tuned", None]
+
+
+def test_only_the_domains_that_a_target_serves_are_in_its_pool() -> None:
+    stream = Stream(name="t", phases=(Phase(mix={"a": 1}, requests=9), Phase(mix={"b": 1}, requests=9, target="x")))
+    assert set(stream.pool()) == {Source(None, "a"), Source("x", "b")}
 
 
 def test_scaling_keeps_the_shape() -> None:
@@ -62,9 +82,16 @@ def test_shipped_streams_are_read_by_name(name: str) -> None:
     assert sum(p.requests for p in stream.phases) == 2000
 
 
+def test_the_target_is_replaced_and_the_traffic_stays() -> None:
+    stream = read_spec(Stream, "streams", "target_swap")
+    assert [(p.target, p.requests) for p in stream.phases] == [(None, 500), ("pocket-math", 500), ("pocket-math", 500)]
+    assert stream.domains == ["math"]
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"stream \(shrap\) must be a YAML file, or one of: drift, math, mixed, recur, sharp"
+        ConfigError,
+        match=r"stream \(shrap\) must be a YAML file, or one of: drift, math, mixed, recur, sharp, target_swap",
     ):
         read_spec(Stream, "streams", "shrap")
 

@@ -154,6 +154,25 @@ def test_rollback_publishes_the_parent_and_the_learner_follows(tmp_path: Path, t
     assert all(torch.equal(parent[n], t) for n, t in rig.draft.state().items())
 
 
+def test_a_new_target_ages_out_what_the_old_one_judged_and_learning_begins_with_fresh_traces(
+    tmp_path: Path, traces: list[Trace]
+) -> None:
+    rig = Rig(tmp_path)
+    rig.fill([dataclasses.replace(t, target_id="old") for t in traces])
+    rig.cycle.tick("traces")
+    assert rig.cycle._phase_steps > 0
+    assert rig.cycle.follow_target("old") == 0
+    assert rig.cycle._phase_steps > 0, "a restart over the same target changes nothing"
+    assert rig.cycle.follow_target("new") == len(traces)
+    assert rig.cycle._phase_steps == 0
+    assert sum(rig.table.info().sizes.values()) == 0
+    assert rig.cycle.tick("time").steps == 0, "nothing of the old target is left to learn from"
+    rig.fill([dataclasses.replace(t, target_id="new") for t in traces])
+    report = rig.cycle.tick("traces")
+    assert report.steps > 0
+    assert report.verdict is not None, "the version that is served is judged on the new target's traces"
+
+
 def test_a_chain_of_small_losses_is_stopped_at_day_0(
     tmp_path: Path, traces: list[Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
