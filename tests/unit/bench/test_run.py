@@ -67,7 +67,9 @@ def test_the_temperature_overrides_that_of_every_stream_and_is_in_the_result(
     code, found, _ = shift("--stream", "sharp", "--stream", "recur", "--learner", "frozen", *arguments)
     assert code == 0
     assert {s["temperature"] for s in found["streams"].values()} == {temperature}
-    assert found["streams"]["sharp"]["learners"]["frozen"]["mal_by_phase"][0]["mean"] == pytest.approx(20 / (10 + temperature))
+    assert found["streams"]["sharp"]["learners"]["frozen"]["mal_by_phase"][0]["mean"] == pytest.approx(
+        20 / (10 + temperature)
+    )
     assert f"Temperature {temperature:g};" in (tmp_path / "report" / "shift.md").read_text()
 
 
