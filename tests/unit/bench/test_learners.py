@@ -1,0 +1,48 @@
+"""What a learner of the benchmark keeps of the traces that it is shown."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from adaptd.bench.learners import Kind, LearnerSpec, build
+from adaptd.config import load
+from buffers.synthetic import synthetic_trace
+from buffers.trace import Trace
+
+
+def shown(n: int) -> list[Trace]:
+    return [synthetic_trace(np.random.default_rng(i), n_response=20, vocabulary=500) for i in range(n)]
+
+
+@pytest.mark.parametrize("kind", ["online", "cycle"])
+def test_captured_positions_and_top_k_are_those_of_its_settings(kind: Kind) -> None:
+    """A cycle that ignored them would be the defaults under another name."""
+    sets = {"capture": {"positions": "rejected"}, "learn": {"min_new_traces": 100}, "recall": {"enabled": False}}
+    spec = LearnerSpec(name="mine", kind=kind, settings=sets, k_top=4, update_every=100)
+    learner = build(spec, load(None), 0)
+    traces = shown(6)
+    for trace in traces:
+        kept = learner.kept(trace)
+        kept.validate()
+        assert kept.judged_at.tolist() == trace.rejected_at.tolist()
+        assert kept.topk_ids.shape == (len(trace.rejected_at), 4)
+        assert learner.captured(trace) == kept.nbytes < trace.nbytes
+    learner.observe(traces)
+    inside = _inside(learner)
+    assert len(inside) == len(traces)
+    assert all(len(t.topk_ids) == len(t.rejected_at) < t.response_len for t in inside)
+
+
+def test_by_default_everything_is_kept() -> None:
+    learner = build(LearnerSpec(name="mine", kind="frozen"), load(None), 0)
+    trace = shown(1)[0]
+    assert learner.kept(trace) is trace
+    assert learner.captured(trace) == trace.nbytes
+
+
+def _inside(learner: object) -> list[Trace]:
+    table = getattr(learner, "_table", None)
+    if table is None:
+        return list(learner._waiting)  # type: ignore[attr-defined]  # of an online learner
+    return [s.trace for stratum in ("recent", "reserved") for s in table.all(stratum, 100)]
