@@ -212,7 +212,7 @@ class RoundPacker:
 
 
 def surprise_seed(n_accepted: int, q_emitted: npt.NDArray[Any], q_best: npt.NDArray[Any]) -> float:
-    """A trace's first priority: the mean of min(1, SurpriseRatio) over the positions the draft was judged at.
+    """A trace's first priority: 1 less the mean of min(1, SurpriseRatio) over the positions the draft was judged at.
 
     An accepted proposal counts as 1: the draft had proposed it, so it was among its favourites, and the draft's other
     candidates there are not captured. Bonus tokens were not judged.
@@ -221,13 +221,13 @@ def surprise_seed(n_accepted: int, q_emitted: npt.NDArray[Any], q_best: npt.NDAr
       n_accepted: accepted positions.
       q_emitted: float [C], log q of the target's token at each correction, nats.
       q_best: float [C, K'], the draft's best log-probabilities there, nats.
-    Returns: within [PRIORITY_FLOOR, 1], high where draft and target agree; 1 if nothing was judged.
+    Returns: within [PRIORITY_FLOOR, 1], high where the target surprised the draft; 1 if nothing was judged.
     """
     judged = n_accepted + len(q_emitted)
     if judged == 0:
         return 1.0
     ratios = surprise_ratio(q_emitted, q_best) if len(q_emitted) else np.zeros(0)
-    return max(PRIORITY_FLOOR, float((n_accepted + np.minimum(ratios, 1.0).sum()) / judged))
+    return max(PRIORITY_FLOOR, 1.0 - float((n_accepted + np.minimum(ratios, 1.0).sum()) / judged))
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -206,11 +206,11 @@ def test_traces_are_cut_on_the_left_and_reserved_by_the_hash_of_their_id() -> No
     assert len({finished.trace.reserved for finished in done.values() if finished.trace}) == 2
 
 
-def test_the_surprise_seed_is_high_where_models_agree_and_low_where_they_do_not() -> None:
+def test_the_surprise_seed_is_high_where_the_target_surprised_the_draft_and_low_where_they_agree() -> None:
     unlikely, favourites = np.array([-9.0]), np.log([[0.5, 0.4]])
-    assert surprise_seed(10, np.zeros(0), np.zeros((0, 2))) == 1.0
+    assert surprise_seed(10, np.zeros(0), np.zeros((0, 2))) == PRIORITY_FLOOR
     assert surprise_seed(0, np.zeros(0), np.zeros((0, 2))) == 1.0
-    assert surprise_seed(0, unlikely, favourites) == PRIORITY_FLOOR
+    assert surprise_seed(0, unlikely, favourites) == pytest.approx(1.0, abs=1e-3)
     assert surprise_seed(1, unlikely, favourites) == pytest.approx(0.5, abs=1e-3)
 
 
