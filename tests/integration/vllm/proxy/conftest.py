@@ -23,6 +23,7 @@ from adaptd.sidecar.request import Plan, plan
 from adaptd.sidecar.upstream import Upstream, make_client
 
 START_S = 480
+PROBE_S = 300
 K = 4
 HERE = Path(__file__).parents[4]
 
@@ -125,7 +126,12 @@ class RecordingProxy:
 
         async def probed() -> Upstream:
             upstream = Upstream(config)
-            await upstream.wait(30)
+            deadline = time.monotonic() + PROBE_S
+            while not (
+                await upstream.wait(PROBE_S) and upstream.capabilities.models
+            ):  # a busy machine is slow to answer
+                assert time.monotonic() < deadline, upstream.error or upstream.capabilities.reason
+                await asyncio.sleep(1)
             await upstream.close()
             return upstream
 

@@ -46,11 +46,22 @@ def body(question: str, **options: Any) -> dict[str, Any]:
     return {"model": "pocket", "messages": messages, "max_tokens": 40, "temperature": 0, **options}
 
 
+def forget(proxied: Any) -> None:
+    """Begin anew, once what the last test left has been reported."""
+    wait_until(lambda: not proxied.proxy.counts.in_flight)
+    proxied.done.clear()
+
+
+def wait_until(condition: Any, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def captured(proxied: Any, count: int) -> list[Trace]:
     """The traces of the last `count` answers: the report comes right after the answer's last byte."""
-    deadline = time.monotonic() + 5
-    while len(proxied.done) < count and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(proxied.done) >= count)
     found = [t for done in proxied.done for t in build(done.seen, figures(done.seen.speculative), ABOUT)]
     proxied.done.clear()
     return found
@@ -59,7 +70,7 @@ def captured(proxied: Any, count: int) -> list[Trace]:
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_captured_is_what_the_server_did(proxied: Any, stream: bool) -> None:
     """Against the target itself: its tokens, its log-probabilities, its argmax."""
-    proxied.done.clear()
+    forget(proxied)
     for question in QUESTIONS[:3]:
         assert httpx.post(f"{proxied.url}/v1/chat/completions", json=body(question, stream=stream), timeout=60)
     target = models.load_causal_lm(models.resolve("pocket", "target"), dtype="float32", device="cpu")
@@ -82,7 +93,7 @@ def test_the_pattern_of_acceptance_is_the_native_engines(proxied: Any) -> None:
         models.load_causal_lm(models.resolve("pocket", role), dtype="float32", device="cpu")
         for role in ("target", "draft")
     )
-    proxied.done.clear()
+    forget(proxied)
     for question in QUESTIONS:
         httpx.post(f"{proxied.url}/v1/chat/completions", json=body(question, stream=True), timeout=60)
     theirs = captured(proxied, len(QUESTIONS))
@@ -165,10 +176,10 @@ def test_requests_side_by_side_do_not_mix(vllm: Any, proxied: Any) -> None:
 
 
 def test_opting_out_asks_the_server_for_nothing_but_usage(proxied: Any) -> None:
-    proxied.done.clear()
+    forget(proxied)
     headers = {"x-adaptd-no-store": "1"}
     httpx.post(f"{proxied.url}/v1/chat/completions", json=body(QUESTIONS[0], stream=True), headers=headers, timeout=60)
-    time.sleep(0.2)
+    wait_until(lambda: proxied.done)
     (done,) = proxied.done
     assert done.plan.why_not == "opted out"
     assert not any(c.token_ids or c.logprobs for c in done.seen.choices.values())
