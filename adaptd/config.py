@@ -47,8 +47,7 @@ class ModelConfig(_Section):
     """A model: a Hugging Face directory or name."""
 
     model: str = "pocket"
-    """Path or name; `pocket` is the family shipped in the wheel, `pocket-math` its target tuned on math. The folder of a
-    LoRA adapter (peft) stands for its base with the adapter merged."""
+    """Path or name; `pocket`: the shipped family, `pocket-math`: its target tuned on math; a peft adapter is merged."""
 
 
 class AdaptConfig(_Section):
