@@ -22,6 +22,8 @@ RUINOUS = {
     "ADAPTD_LEARN__KEEP_ANCHORS": "false",
     "ADAPTD_LEARN__INTERVAL_S": "100000",
     "ADAPTD_LEARN__MIN_NEW_TRACES": "40",
+    # Or its requests would stay with the base draft, which serves them better.
+    "ADAPTD_ADAPT__REQUEST_GATE": "false",
     # No tick for a drift: the watch alone is to answer.
     "ADAPTD_DRIFT__DELTA": "1e-12",
 }
