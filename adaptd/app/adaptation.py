@@ -105,7 +105,14 @@ class Adaptation:
         return self._learner_seen
 
     def _every(self, seconds: float, job: Callable[[], Awaitable[Any]], **options: Any) -> None:
-        self._scheduler.add_job(job, "interval", seconds=seconds, max_instances=1, coalesce=True, **options)
+        async def run() -> None:
+            try:
+                await job()
+            except asyncio.CancelledError:  # shutting down; the scheduler would print a traceback of it
+                if not self.draining:
+                    raise
+
+        self._scheduler.add_job(run, "interval", seconds=seconds, max_instances=1, coalesce=True, **options)
 
     async def status(self) -> dict[str, Any]:
         """Everything `adaptd status` shows, as JSON values; each daemon adds who decodes."""
