@@ -60,7 +60,7 @@ def test_a_hand_made_sequence_of_three_tokens_is_judged_by_the_rows_before_its_t
     np.testing.assert_allclose(np.exp(trace.draft_topk_logprobs.astype(float)), [[0.4, 0.3]], rtol=2e-3)
     assert (trace.draft_version, trace.created_at, trace.domain, trace.engine) == (7, 123.0, "d", "native")
     # Accepted counts 1; the correction's ratio is 0.2 / mean(0.4, 0.3).
-    assert trace.surprise == pytest.approx((1 + 0.2 / 0.35) / 2, rel=1e-3)
+    assert trace.surprise == pytest.approx(1 - (1 + 0.2 / 0.35) / 2, rel=1e-3)
 
 
 MIXED = [
