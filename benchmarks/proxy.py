@@ -89,7 +89,7 @@ class Load:
         between: list[float] = []
         waiting = iter(range(requests))
         async with httpx.AsyncClient(
-            base_url=self.url, timeout=120, limits=httpx.Limits(max_connections=None)
+            base_url=self.url, timeout=600, limits=httpx.Limits(max_connections=None)
         ) as client:
 
             async def one(index: int) -> None:

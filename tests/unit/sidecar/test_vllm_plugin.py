@@ -20,6 +20,7 @@ def test_the_entry_point_names_a_function_that_exists() -> None:
 def test_registering_without_vllm_does_nothing() -> None:
     register()
     register()
+    assert not any(name.partition(".")[0] == "vllm" for name, module in sys.modules.items() if module is not None)
 
 
 def test_the_plugin_and_its_checks_need_nothing_that_vllm_does_not_ship() -> None:
