@@ -43,6 +43,8 @@ class ModelRunner:
         self._last_position = max_length - 1
         self._gate = request_gate(model)
         self._openness: Tensor | None = None
+        self._about: tuple[tuple[Row, ...], frozenset[str]] = ((), frozenset())
+        self._known: tuple[Tensor, Tensor]
         self._keep_last = {"logits_to_keep": 1} if _takes_logits_to_keep(model) else {}
 
     def masks(self, positions: Tensor, length: int) -> dict[str, Tensor]:
@@ -50,10 +52,19 @@ class ModelRunner:
         return {kind: additive_mask(positions, length, window, self.dtype) for kind, window in self.windows.items()}
 
     def open_to(self, rows: Sequence[Row]) -> None:
-        """Sets the model's request gate, if it has one, for the forward passes of these rows that follow."""
-        if self._gate is not None:
-            features = torch.stack([row.prompt_features(self._gate.features) for row in rows])
-            self._openness = self._gate(features, [row.request.domain for row in rows])
+        """Sets the model's request gate, if it has one, for the forward passes of these rows that follow.
+
+        What is known of the rows is put on the device when they change, or when other domains stay on the base draft; the
+        gate itself is read each time, since a swap may have changed it.
+        """
+        gate = self._gate
+        if gate is None:
+            return
+        about = (tuple(rows), gate.on_base)
+        if about != self._about:
+            features = torch.stack([row.prompt_features(gate.features) for row in rows])
+            self._about, self._known = about, (features, gate.kept([row.request.domain for row in rows]))
+        self._openness = gate(*self._known)
 
     def forward(
         self,

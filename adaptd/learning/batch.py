@@ -137,7 +137,7 @@ def _openness(model: PreTrainedModel, batch: Batch) -> Tensor | None:
     if gate is None:
         return None
     prompts = [ids[:n] for ids, n in zip(batch.input_ids, batch.prompt_lens, strict=True)]
-    opened: Tensor = gate(gate.features(prompts), batch.domains)
+    opened: Tensor = gate(gate.features(prompts), gate.kept(batch.domains))
     return opened
 
 

@@ -76,14 +76,17 @@ class PromptGate(nn.Module):
             found.append(self._table[ids.clamp(max=len(self._table) - 1)].float().mean(0))
         return functional.rms_norm(torch.stack(found), (self._table.shape[1],))
 
-    def forward(self, features: Tensor, domains: Sequence[str] = ()) -> Tensor:
-        """s of each row, [B, 1, 1]; `domains`: of the B rows, or none."""
+    def kept(self, domains: Sequence[str]) -> Tensor:
+        """Which rows of these domains stay on the base draft, bool [B, 1]."""
+        return torch.tensor([[domain in self.on_base] for domain in domains], device=self._table.device)
+
+    def forward(self, features: Tensor, kept: Tensor | None = None) -> Tensor:
+        """s of each row, [B, 1, 1]; `kept` [B, 1]: rows for which the gate is shut, whatever their prompts."""
         features = functional.rms_norm(features - self.centre.detach(), self.centre.shape)
         logit: Tensor = functional.linear(features, self.weight, self.bias)
         opened = 2.0 * torch.sigmoid(logit)
-        if self.on_base and domains:
-            kept = [[domain in self.on_base] for domain in domains]
-            opened = opened.masked_fill(torch.tensor(kept, device=opened.device), 0.0)
+        if kept is not None:
+            opened = opened.masked_fill(kept, 0.0)
         return opened[..., None]
 
 
