@@ -142,7 +142,8 @@ def test_it_learns_from_the_traffic_it_serves(served: Served) -> None:
     for i in range(40):
         served.ask(f"Ann has {i + 2} apples and buys 3 more. How many?", temperature=0.8, seed=i)
     ticks = wait_for("a learner tick", lambda: [t for t in served.status()["learner"]["history"] if t["loss"]])
-    assert ticks[-1]["steps"] == 4
+    # The first one: a tick that gains nothing takes fewer steps next time.
+    assert ticks[0]["steps"] == 4
     assert ticks[-1]["verdict"]["reason"]
 
 
