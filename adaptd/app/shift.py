@@ -14,6 +14,7 @@ from rich.progress import track
 
 from adaptd.bench import shift
 from adaptd.bench.learners import LearnerSpec
+from adaptd.bench.run import Run, RunLog
 from adaptd.bench.stream import Stream, read_spec
 from adaptd.config import Config
 from adaptd.pocket.shipped import pocket_prompts
@@ -36,8 +37,13 @@ def run(
     tune: bool,
     jobs: int,
     report: Path,
+    runs: Path | None = None,
 ) -> dict[str, Any]:
-    """Run and report; the result in the form of design section 4 (`bench shift`), with every request."""
+    """Run and report; the result in the form of design section 4 (`bench shift`), with every request.
+
+    Args:
+      runs: file of finished runs, from which an interrupted benchmark goes on.
+    """
     wanted = [read_spec(Stream, "streams", name).scaled(scale) for name in streams]
     if temperature is not None:
         wanted = [stream.at(temperature) for stream in wanted]
@@ -56,10 +62,12 @@ def run(
             f"{stream.name}: {length} requests at temperature {stream.temperature:g}, {kept} answers in the pool"
         )
     total = len(wanted) * len(numbers) * sum(len(shift.variants(s)) for s in specs)
-    runs = list(track(shift.sweep(config, prompts, wanted, specs, numbers, jobs), "learners", total, console=console))
+    known = RunLog(runs) if runs is not None else None
+    sweep = shift.sweep(config, prompts, wanted, specs, numbers, jobs, known)
+    found_runs = list(track(sweep, "learners", total, console=console))
     if tune:
-        return {"temperature": {s.name: s.temperature for s in wanted}, "tuning": _rates(runs, console)}
-    best = {stream.name: [r for r in shift.best_of(runs) if r.stream == stream.name] for stream in wanted}
+        return {"temperature": {s.name: s.temperature for s in wanted}, "tuning": _rates(found_runs, console)}
+    best = {stream.name: [r for r in shift.best_of(found_runs) if r.stream == stream.name] for stream in wanted}
     found = {stream.name: shift.summarise(stream, best[stream.name], settle) for stream in wanted}
     report.mkdir(parents=True, exist_ok=True)
     tables = [markdown(name, summary) for name, summary in found.items()]
@@ -74,7 +82,7 @@ def run(
     return {"streams": found, "runs": [dataclasses.asdict(r) for part in best.values() for r in part]}
 
 
-def _rates(runs: Sequence[shift.Run], console: Console) -> dict[str, dict[str, float]]:
+def _rates(runs: Sequence[Run], console: Console) -> dict[str, dict[str, float]]:
     """MAL over the whole stream by learner and rate."""
     mals: defaultdict[tuple[str, float], list[float]] = defaultdict(list)
     for r in runs:

@@ -1,31 +1,29 @@
 """`adaptd bench shift`: one stream, one target, one starting draft, one order of requests; several learners side by side.
 
-Serving is the exact shortcut of `adaptd.bench.verify`; learning is the real thing. Learners of one seed run in separate
-processes, one thread each, and meet only in the cache of answers.
+Serving is the exact shortcut of `adaptd.bench.verify`; learning is the real thing. Runs are separate processes of one
+thread each, and meet only in the cache of answers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adaptd import log
-from adaptd.actors.parts import Pair, load_pair
-from adaptd.actors.threads import set_threads
+from adaptd.actors.parts import load_pair
 from adaptd.bench import metrics
 from adaptd.bench.answers import AnswerPool, read_answers
 from adaptd.bench.learners import LearnerSpec, build
+from adaptd.bench.run import Run, RunLog, run_key
 from adaptd.bench.stream import Source, Stream, plan
 from adaptd.bench.verify import verify
+from adaptd.bench.workers import each
 from adaptd.config import Config
+from adaptd.errors import ConfigError
 from buffers.trace import Trace
 
 #: Files of answers by target and domain.
@@ -36,48 +34,11 @@ _DEFAULT_TARGET = "bench"
 CHUNK = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One learner on one stream with one seed."""
-
-    stream: str
-    learner: str
-    seed: int
-    lr: float | None
-    emitted: list[float]
-    rounds: list[float]
-    versions: list[int]
-    trainable_fraction: float
-    trainable_bytes: int
-    bytes_per_position: float
-    tokens_per_s: float | None
-    learner_s: float
-    steps: int
-
-    @property
-    def curve(self) -> metrics.Curve:
-        """For the metrics."""
-        return metrics.Curve(np.array(self.emitted), np.array(self.rounds))
-
-
-def fill(
-    config: Config,
-    pair: Pair,
-    prompts: Mapping[str, Sequence[str]],
-    stream: Stream,
-    spare: bool = False,
-    target: str | None = None,
-) -> dict[Source, Path]:
-    """The files of one target's answers in a stream, generated where they are not there yet.
-
-    Args:
-      pair: with that target.
-      spare: as many again.
-      target: as the stream's phases name it.
-    """
+def fill(config: Config, prompts: Sequence[str], stream: Stream, source: Source, n: int) -> Path:
+    """The file of one source's answers, the first `n` of them generated where they are not there yet."""
     answers = AnswerPool(
-        pair,
-        {d: prompts[d] for d in stream.domains if d in prompts},
+        load_pair(_with_target(config, source.target), 0.0),
+        {source.domain: prompts},
         config.home / "bench",
         temperature=stream.temperature,
         max_tokens=stream.max_tokens,
@@ -85,24 +46,32 @@ def fill(
         k_top=config.capture.k_top,
         max_length=config.engine.max_length,
     )
-    return {
-        source: answers.fill(source.domain, 2 * n if spare else n)
-        for source, n in stream.pool().items()
-        if source.target == target
-    }
+    return answers.fill(source.domain, n)
 
 
 def fill_all(
-    config: Config, prompts: Mapping[str, Sequence[str]], streams: Sequence[Stream], spare: bool
+    config: Config, prompts: Mapping[str, Sequence[str]], streams: Sequence[Stream], spare: bool, jobs: int
 ) -> dict[str, Answers]:
-    """The files of every stream, by its name; one target is loaded at a time."""
-    files: dict[str, dict[Source, Path]] = {stream.name: {} for stream in streams}
-    for target in dict.fromkeys(target for stream in streams for target in stream.targets):
-        pair = load_pair(_with_target(config, target), 0.0)
-        for stream in streams:
-            if target in stream.targets:
-                files[stream.name] |= fill(config, pair, prompts, stream, spare, target)
-    return dict(files)
+    """The files of every stream, by its name; no file is written by two processes.
+
+    Args:
+      spare: as many answers again.
+    """
+    wanted: dict[tuple[Source, float, int], tuple[Stream, int]] = {}
+    for stream in streams:
+        for source, n in stream.pool().items():
+            key = (source, stream.temperature, stream.max_tokens)
+            known = wanted[key][1] if key in wanted else 0
+            wanted[key] = (stream, max(known, 2 * n if spare else n))
+    for source, *_ in wanted:
+        if source.domain not in prompts:
+            raise ConfigError(f"no prompts of domain {source.domain!r}; there are: {', '.join(sorted(prompts))}")
+    tasks = [(config, prompts[key[0].domain], stream, key[0], n) for key, (stream, n) in wanted.items()]
+    paths: dict[tuple[Source, float, int], Path] = {}
+    keys = list(wanted)
+    for index, path in each(fill, tasks, jobs):
+        paths[keys[index]] = path
+    return {s.name: {source: paths[source, s.temperature, s.max_tokens] for source in s.pool()} for s in streams}
 
 
 def _with_target(config: Config, target: str | None) -> Config:
@@ -146,8 +115,6 @@ def chunks(answers: Sequence[Trace]) -> Iterator[list[Trace]]:
 
 def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, seed: int) -> Run:
     """Run one learner over one stream."""
-    set_threads(1)
-    log.configure("error", "json")
     answers = requests(files, stream, seed)
     learner = build(spec, config, seed)
     learner.prepare(spare_answers(files, stream, seed) if spec.held_out else answers)
@@ -195,30 +162,31 @@ def sweep(
     specs: Sequence[LearnerSpec],
     seeds: Sequence[int],
     jobs: int,
+    known: RunLog | None = None,
 ) -> Iterator[Run]:
     """Every learner on every stream with every seed, in `jobs` processes, as they end.
 
     The oracle runs at each of its rates; the caller keeps the best (`best_of`).
+
+    Args:
+      known: runs that it holds are not repeated, new ones are added to it.
     """
-    files = fill_all(config, prompts, streams, any(spec.held_out for spec in specs))
-    tasks = [
-        (config, files[stream.name], stream, variant, seed)
-        for stream, seed, spec in itertools.product(streams, seeds, specs)
-        for variant in variants(spec)
-    ]
+    tasks = []
+    for stream, seed, spec in itertools.product(streams, seeds, specs):
+        for variant in variants(spec):
+            found = known.get(run_key(config, stream, variant, seed)) if known is not None else None
+            if found is not None:
+                yield found
+            else:
+                tasks.append((stream, variant, seed))
     # The longest first: the last ones decide how long a processor waits at the end.
-    tasks.sort(key=lambda task: task[3].kind != "oracle")
-    if jobs == 1:
-        yield from (serve(*task) for task in tasks)
-        return
-    # Spawned: a forked process inherits the locks of torch's threads.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as workers:
-        futures: list[Future[Run]] = [workers.submit(serve, *task) for task in tasks]
-        try:
-            yield from (future.result() for future in as_completed(futures))
-        except BaseException:
-            workers.shutdown(wait=False, cancel_futures=True)
-            raise
+    tasks.sort(key=lambda task: (task[1].kind == "frozen", task[2]))
+    left = [stream for stream in streams if any(task[0] is stream for task in tasks)]
+    files = fill_all(config, prompts, left, any(spec.held_out for spec in specs), jobs)
+    for index, run in each(serve, [(config, files[task[0].name], *task) for task in tasks], jobs):
+        if known is not None:
+            known.add(run_key(config, *tasks[index]), run)
+        yield run
 
 
 def variants(spec: LearnerSpec) -> list[LearnerSpec]:

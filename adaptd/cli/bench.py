@@ -48,6 +48,9 @@ def shift(
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.", show_default="processors")] = os.cpu_count() or 1,
     report: Annotated[Path, typer.Option(help="Folder for table, figures and pages.")] = Path("adaptd-shift"),
+    runs: Annotated[
+        Path | None, typer.Option(help="Keep finished runs in this file and do not repeat those that are in it.")
+    ] = None,
     result: JsonFile = None,
     config: ConfigFile = None,
     sets: Sets = None,
@@ -67,6 +70,7 @@ def shift(
         tune=tune,
         jobs=jobs,
         report=report,
+        runs=runs,
     )
     if result is not None:
         write_result(result, found, settings)

@@ -11,6 +11,7 @@ from adaptd.bench import shift
 from adaptd.bench.learners import Cycle, Learner, LearnerSpec, build
 from adaptd.bench.stream import Phase, Source, Stream
 from adaptd.config import Config, load
+from adaptd.errors import ConfigError
 from buffers.synthetic import synthetic_trace
 from buffers.trace import Trace
 
@@ -50,25 +51,29 @@ def test_no_chunk_is_of_two_targets(answers: None) -> None:
     assert all(len({t.target_id for t in c}) == 1 for c in found)
 
 
-def test_one_target_is_loaded_at_a_time_and_fills_its_own_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[str] = []
+def test_each_source_is_answered_once_for_all_streams_that_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Source, int]] = []
 
-    def load_pair(config: Config, gpus: float) -> str:
-        loaded.append(config.target.model)
-        return config.target.model
+    def fill(config: Config, prompts: Any, stream: Stream, source: Source, n: int) -> Path:
+        asked.append((source, n))
+        return Path(f"{source.target}-{source.domain}-{stream.temperature}")
 
-    def fill(config: Config, pair: Any, prompts: Any, stream: Stream, spare: bool, target: str | None) -> Any:
-        return {source: Path(pair) / stream.name for source in stream.pool() if source.target == target}
-
-    monkeypatch.setattr(shift, "load_pair", load_pair)
     monkeypatch.setattr(shift, "fill", fill)
-    other = Stream(name="o", phases=(Phase(mix={"b": 1}, requests=8),))
-    found = shift.fill_all(load(None), {}, [STREAM, other], spare=False)
-    assert loaded == ["pocket", "tuned"]
+    longer = Stream(name="o", phases=(Phase(mix={"a": 1}, requests=80),))
+    hot = longer.model_copy(update={"name": "h", "temperature": 1.5})
+    found = shift.fill_all(load(None), {"a": ["?"]}, [STREAM, longer, hot], False, 1)
+    base, tuned = Source(None, "a"), Source("tuned", "a")
+    assert asked == [(base, longer.pool()[base]), (tuned, STREAM.pool()[tuned]), (base, hot.pool()[base])]
     assert found == {
-        "t": {Source(None, "a"): Path("pocket/t"), Source("tuned", "a"): Path("tuned/t")},
-        "o": {Source(None, "b"): Path("pocket/o")},
+        "t": {base: Path("None-a-0.8"), tuned: Path("tuned-a-0.8")},
+        "o": {base: Path("None-a-0.8")},
+        "h": {base: Path("None-a-1.5")},
     }
+
+
+def test_a_domain_without_prompts_is_refused_before_anything_is_answered() -> None:
+    with pytest.raises(ConfigError, match="no prompts of domain 'a'; there are: b"):
+        shift.fill_all(load(None), {"b": ["?"]}, [STREAM], False, 1)
 
 
 def test_a_domain_that_another_target_answers_has_not_come_back() -> None:
