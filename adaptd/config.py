@@ -168,7 +168,7 @@ class GateConfig(_Section):
     """What a candidate must show."""
 
     min_gain: float = 0.002
-    """Promote only if the lower bound of the relative MAL gain is above this; at 0 one draft in forty that is no better passes."""
+    """Promote only if the lower bound of the relative MAL gain is above this; at 0 one in forty that is no better passes."""
     max_regression: float = Field(0.02, ge=0)
     """No domain may lose more than this, relative."""
     exchange: float = Field(0.1, ge=0)
