@@ -190,7 +190,7 @@ class GateConfig(_Section):
 class DriftConfig(_Section):
     """Drift detection: ADWIN on acceptance, per domain."""
 
-    delta: float = Field(0.02, gt=0, lt=1)
+    delta: float = Field(0.5, gt=0, lt=1)
     """Significance of a cut."""
 
 
