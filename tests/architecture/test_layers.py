@@ -27,6 +27,7 @@ RANK = {
     "actors": 5,
     "server": 5,
     "sidecar": 5,
+    "ingest": 5,
     "pocket": 5,
     "bench": 6,
     "app": 7,
@@ -69,6 +70,8 @@ HOMES = {
     "uvicorn": {"adaptd.app.serve"},
     "apscheduler": {"adaptd.app"},
     "structlog": {"adaptd"},
+    "pyarrow": {"adaptd.ingest.rows"},
+    "zstandard": {"adaptd.ingest.files"},
     "matplotlib": {"adaptd.report.charts", "adaptd.report.shift"},
 }
 # Side-effecting libraries that the pure package must never see.
@@ -185,7 +188,7 @@ def test_nothing_is_unpickled() -> None:
 def test_command_line_and_configuration_import_no_heavy_library() -> None:
     code = (
         "import sys, adaptd.config, adaptd.cli.main; "
-        "print([m for m in ('torch', 'ray', 'redis', 'transformers', 'matplotlib', 'fastapi') if m in sys.modules])"
+        "print([m for m in ('torch', 'ray', 'redis', 'transformers', 'matplotlib', 'fastapi', 'pyarrow') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
