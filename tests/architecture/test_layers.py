@@ -44,7 +44,9 @@ HOMES = {
         "adaptd.actors",
         "adaptd.pocket",
         "adaptd.bench",
+        "adaptd.ingest",
         "adaptd.app.doctor",
+        "adaptd.app.replay",
         "adaptd.sidecar.writer",
         "adaptd.sidecar.vllm_update",
         "adaptd.sidecar.vllm_backend",
@@ -56,10 +58,12 @@ HOMES = {
     "transformers": {
         "adaptd.models",
         "adaptd.pocket",
-        "adaptd.decoding.build",
+        "adaptd.decoding",
         "adaptd.learning",
         "adaptd.actors.parts",
         "adaptd.bench",
+        "adaptd.ingest",
+        "adaptd.app.replay.models",
     },
     "peft": {"adaptd.models"},
     "redis": {"buffers"},
@@ -72,7 +76,7 @@ HOMES = {
     "structlog": {"adaptd"},
     "pyarrow": {"adaptd.ingest.rows"},
     "zstandard": {"adaptd.ingest.files"},
-    "matplotlib": {"adaptd.report.charts", "adaptd.report.shift"},
+    "matplotlib": {"adaptd.report.charts", "adaptd.report.shift", "adaptd.report.replay"},
 }
 # Side-effecting libraries that the pure package must never see.
 POLICIES_MAY_IMPORT = {"numpy", "torch", "river"}
