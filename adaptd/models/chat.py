@@ -83,7 +83,7 @@ def _text(
             tokenize=False,
             **(template_kwargs or {}),
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:  # templates call functions on what they are given
         raise RequestRefused(f"the model's chat template refuses these messages: {error}") from error
     return str(text)
 

@@ -17,8 +17,8 @@ from policies.economics import Costs, expected_speedup, mal_at, recommended_dept
 from policies.forecast import mal_interval
 from policies.gate import Score, paired_bootstrap
 
-#: Blocks that the records of a domain are summed in, and bins of time.
-BLOCKS, BINS = 512, 24
+#: Blocks that the records of a domain are summed in; bins of time, at most, and the records that are worth one.
+BLOCKS, BINS, BIN_RECORDS = 512, 24, 20
 Floats = npt.NDArray[np.float64]
 
 
@@ -56,7 +56,7 @@ def interval(found: Sequence[Profile], seed: int) -> dict[str, float | None]:
 
 def prequential(spool: Spool, seed: int) -> dict[str, Any]:
     """MAL of every learned record *before* it was learned from, by domain and by time."""
-    rows = spool.outcomes(BLOCKS, BINS)
+    rows = spool.outcomes(BLOCKS, max(1, min(BINS, spool.count() // BIN_RECORDS)))
     domains: defaultdict[str, list[Any]] = defaultdict(list)
     bins: defaultdict[int, list[Any]] = defaultdict(list)
     for row in rows:
