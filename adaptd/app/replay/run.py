@@ -25,7 +25,7 @@ from adaptd.app.replay.models import ReplayModels, load_models
 from adaptd.app.replay.work import Work
 from adaptd.config import Config
 from adaptd.decoding.costs import measure_costs
-from adaptd.errors import LogRefused
+from adaptd.errors import AdaptdError, LogRefused
 from adaptd.ingest.files import expand, size
 from adaptd.ingest.read import Reading, read_log, unusable
 from adaptd.ingest.select import Selection
@@ -40,6 +40,10 @@ _COMMIT_ROWS = 2000
 _LEAST_HELD = 8
 #: Depths whose costs are measured, beside the configured k.
 _DEPTHS = (1, 2, 3, 4, 6, 8)
+_REMEDIES = (
+    ": --served-as NAME or --assume-target says which answers are the target's; --teacher auto or --regenerate has it answer "
+    "the others again"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +100,9 @@ def run(config: Config, paths: Sequence[str], options: ReplayOptions, report: Pa
                 found = replay.learn(progress)
     except KeyboardInterrupt:
         console.print(f"interrupted at {spool.note('at', 'its first record')}; the same command goes on from there")
+        raise
+    except AdaptdError:
+        work.remove()  # the same command would end the same way
         raise
     finally:
         spool.close()
@@ -216,7 +223,7 @@ class _Replay:
         overall = summary.prequential(spool, config.seed)
         traces = [decode(payload) for payload in spool.held_traces()]
         if not overall["records"] and not traces:
-            raise LogRefused(f"nothing to replay: no record was usable ({_reasons(spool)})")
+            raise LogRefused(f"nothing to replay: no record was usable ({_reasons(spool)}){_REMEDIES}")
         found: dict[str, Any] = {
             "records": overall["records"] + len(traces),
             "refused": {reason: row["count"] for reason, row in spool.refusals().items()},
