@@ -35,7 +35,7 @@ class Selection(StrEnum):
 
 def replay(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH...", help="Logs: files, globs, folders; - is standard input.")
+        list[str], typer.Argument(metavar="PATH", help="Logs: files, globs, folders; - is standard input.")
     ],
     columns: Annotated[
         list[str] | None,
@@ -104,12 +104,14 @@ def replay(
     if sample is not None and (sample == 0 or (sample > 1 and sample != int(sample))):
         raise typer.BadParameter(f"--sample ({sample}) must be a share below 1 or a whole number of records")
     settings = load_config(config, sets)
-    from adaptd.app.replay.lessons import TeachingOptions
-    from adaptd.app.replay.run import ReplayOptions, run
     from adaptd.ingest.read import Reading, parse_map
 
+    reading = Reading(parse_map(columns or []), domain_field=domain_field, skip_bad=skip_bad)
+    from adaptd.app.replay.lessons import TeachingOptions
+    from adaptd.app.replay.run import ReplayOptions, run
+
     options = ReplayOptions(
-        reading=Reading(parse_map(columns or []), domain_field=domain_field, skip_bad=skip_bad),
+        reading=reading,
         teaching=TeachingOptions(
             wanted=wanted,
             names=(settings.target.model, settings.server.model, *(served_as or ())),
