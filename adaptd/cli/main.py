@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from adaptd import __version__
-from adaptd.cli import bench, checkpoints, replay
+from adaptd.cli import bench, checkpoints, replay, synthesize
 from adaptd.cli.common import ConfigFile, JsonFile, JsonFlag, Sets, load_config, print_json, write_result
 from adaptd.errors import AdaptdError
 
@@ -93,6 +93,7 @@ def evaluate(
 
 
 app.command()(replay.replay)
+app.command()(synthesize.synthesize)
 
 
 @app.command()

@@ -65,6 +65,15 @@ def render_answer(
     return [*ids[:last], *end]
 
 
+def render_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a conversation, ready for the assistant's turn.
+
+    Raises:
+      RequestRefused: as `render_chat`.
+    """
+    return _text(tokenizer, messages, None, None, answered=False)
+
+
 def _text(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
