@@ -15,7 +15,7 @@ from adaptd.ingest.record import Record
 def test_queries_and_answers_are_a_log_that_replay_reads(settings: Config, tmp_path: Path) -> None:
     out = tmp_path / "log.jsonl.gz"
     options = SynthesisOptions(
-        n=4, domains=[("plain", ""), ("maths", "You ask about maths.")], max_query=48, max_tokens=8
+        n=4, domains=[("plain", ""), ("maths", "You ask about maths.")], max_query=96, max_tokens=8
     )
     found = run(settings, out, options)
     assert found["by_domain"] == {"plain": 4, "maths": 4}

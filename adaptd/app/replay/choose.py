@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Literal
 
 from rich.progress import Progress
@@ -28,31 +30,36 @@ def spend_budget(
     table: ReplayTable,
     budget: int,
     by: Selection,
+    held: Callable[[Queued], bool],
     progress: Progress,
 ) -> None:
-    """Keep the `budget` records with the highest score; a uniform sample for `random`.
+    """Keep the `budget` records with the highest score to learn from; a uniform sample for `random`.
+
+    Records that are held out stay, whatever their score: figures are of the traffic, not of the choice.
 
     Raises:
       ConfigError: a representation shift without a target.
     """
-    if by == "random":
-        spool.keep_lowest(budget, "left out by --budget")
-        return
     if by == "shift" and models.target is None:
         raise ConfigError(
             "--select shift reads the target's hidden states, and there is no target: take surprise or random"
         )
     reference = _reference(models, lessons, spool, table) if by == "shift" else None
     task = progress.add_task("selecting", total=spool.count(), unit="records")
+    kept = 0
     for batch in spool.walk(0, models.chunk):
-        scored = lessons.provisional(batch)
-        if scored:
-            spool.score(
-                (q.seq, value) for (q, _), value in zip(scored, _scores(config, models, reference, scored), strict=True)
-            )
+        spared = [q for q in batch if held(q)]
+        kept += len(spared)
+        spool.score((q.seq, math.inf) for q in spared)
+        others = [q for q in batch if not held(q)]
+        if by == "random":
+            spool.score((q.seq, float(int.from_bytes(q.digest[:6], "big"))) for q in others)
+        elif scored := lessons.provisional(others):
+            values = _scores(config, models, reference, scored)
+            spool.score((q.seq, value) for (q, _), value in zip(scored, values, strict=True))
         progress.update(task, completed=batch[-1].rank + 1)
     progress.remove_task(task)
-    spool.keep_lowest(budget, "left out by --budget", by="score")
+    spool.keep_lowest(kept + budget, "left out by --budget", by="score")
 
 
 def _scores(

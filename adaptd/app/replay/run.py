@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from adaptd.errors import AdaptdError, LogRefused
 from adaptd.ingest.files import expand, size
 from adaptd.ingest.read import Reading, read_log, unusable
 from adaptd.ingest.select import Selection
-from adaptd.ingest.spool import Spool
+from adaptd.ingest.spool import Queued, Spool
 from adaptd.report.replay import progress_columns, replay_report, replay_table
 from buffers.codec import decode, encode
 from policies.acceptance import Profile
@@ -176,11 +177,13 @@ class _Replay:
         models = load_models(config, options.teaching.wanted)
         lessons = Lessons(config, models, options.teaching, spool)
         with self._work.table() as table:
+            share = self._held_share()
             if options.budget is not None and not spool.note("chosen"):
-                spend_budget(config, models, lessons, spool, table, options.budget, options.select, progress)
+                held = partial(_held_out, share=share)
+                spend_budget(config, models, lessons, spool, table, options.budget, options.select, held, progress)
                 spool.commit(chosen=True)
             rehearsal = Rehearsal(config, models, table, self._work.home, self._work.start, _rng(config.seed, 1))
-            self._walk(models, lessons, rehearsal, progress)
+            self._walk(models, lessons, rehearsal, share, progress)
             if not spool.note("settled"):
                 task = progress.add_task("settling", total=None, unit="ticks")
                 for _ in rehearsal.settle():
@@ -194,16 +197,26 @@ class _Replay:
             return
         raise LogRefused(f"nothing to replay: no record was usable ({_reasons(self._spool)})")
 
-    def _walk(self, models: ReplayModels, lessons: Lessons, rehearsal: Rehearsal, progress: Progress) -> None:
+    def _held_share(self) -> float:
+        """Share of the records that is held out; what it is of all records, before a budget is spent."""
+        known = self._spool.note("held share")
+        if known is not None:
+            return float(known)
+        share = min(self._options.holdout, self._options.max_held / self._spool.count())
+        self._spool.commit(**{"held share": share})
+        return share
+
+    def _walk(
+        self, models: ReplayModels, lessons: Lessons, rehearsal: Rehearsal, share: float, progress: Progress
+    ) -> None:
         """Every record once, in order of time; committed with its outcome a chunk at a time."""
         spool = self._spool
         total = spool.count()
-        share = min(self._options.holdout, self._options.max_held / total)
         first = int(spool.note("learned", 0))
         task = progress.add_task("learning", total=total, completed=first, unit="records")
         for batch in spool.walk(first, models.chunk):
             found = lessons.prepare(batch)
-            held = [_held_out(lesson, share) for lesson in found]
+            held = [_held_out(lesson.queued, share) for lesson in found]
             rows = [
                 _outcome(lesson, out, before, now)
                 for (lesson, out), (_, before, now) in zip(
@@ -301,8 +314,8 @@ def _against_oracle(
     }
 
 
-def _held_out(lesson: Lesson, share: float) -> bool:
-    return int.from_bytes(lesson.queued.digest[8:], "big") < share * 2**64
+def _held_out(queued: Queued, share: float) -> bool:
+    return int.from_bytes(queued.digest[8:], "big") < share * 2**64
 
 
 def _outcome(lesson: Lesson, held: bool, before: Profile, now: Profile) -> tuple[Any, ...]:
