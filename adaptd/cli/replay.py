@@ -121,6 +121,7 @@ def replay(
         ),
         limit=limit,
         since=when,
+        since_said=since,
         sample=sample,
         budget=budget,
         select=select.value,

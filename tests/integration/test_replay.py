@@ -125,6 +125,8 @@ def test_an_interrupted_replay_goes_on_and_leaves_a_fitted_deployment(
         replay(config, log, tmp_path / "report", holdout=0.25)
     assert f"interrupted at record {len(seen)} of {RECORDS}" in capsys.readouterr().out
     assert 0 < len(seen) < RECORDS
+    (spool,) = (config.home / "replay").iterdir()
+    assert spool.stat().st_mode & 0o077 == 0, "nobody else reads what people wrote"
 
     def counted(self: Lessons, queued: Any) -> list[Lesson]:
         seen.extend(q.rank for q in queued)

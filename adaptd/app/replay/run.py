@@ -27,13 +27,14 @@ from adaptd.app.replay.models import ReplayModels, load_models
 from adaptd.app.replay.work import Work
 from adaptd.config import Config
 from adaptd.decoding.costs import measure_costs
-from adaptd.errors import AdaptdError, LogRefused
+from adaptd.errors import AdaptdError, ConfigError, LogRefused
 from adaptd.ingest.files import expand, size
 from adaptd.ingest.read import Reading, read_log, unusable
 from adaptd.ingest.select import Selection
 from adaptd.ingest.spool import Queued, Spool
 from adaptd.report.replay import progress_columns, replay_report, replay_table
 from buffers.codec import decode, encode
+from buffers.errors import TableUnavailable
 from policies.acceptance import Profile
 
 #: Rows between two commits while logs are read.
@@ -56,6 +57,8 @@ class ReplayOptions:
     teaching: TeachingOptions = field(default_factory=TeachingOptions)
     limit: int | None = None
     since: float | None = None
+    """Unix seconds; `since_said` is what was asked for, an age perhaps."""
+    since_said: str | None = None
     sample: float | None = None
     """Below 1 a share of the records, else a number of them."""
     budget: int | None = None
@@ -73,57 +76,72 @@ def run(config: Config, paths: Sequence[str], options: ReplayOptions, report: Pa
 
     Raises:
       LogRefused: a log cannot be replayed, or there is nothing in it to learn from.
-      StateDirError: a daemon runs on this deployment, or its folder cannot be written.
+      AdaptdError: a daemon runs on this deployment, its folder cannot be written, or the buffer cannot be reached.
     """
     files = expand(paths)
     report.mkdir(parents=True, exist_ok=True)
-    about = dataclasses.asdict(options)
-    work = Work(config, files, {**about, "fresh": None}, dry=options.dry_run)
-    resumed = work.prepare(fresh=options.fresh or "-" in files)
+    # An age is another time in every run.
+    about = dataclasses.asdict(options) | {"fresh": None, "since": options.since_said}
+    work = Work(config, files, about, dry=options.dry_run)
     console = Console()
     started = time.monotonic()
-    work.folder.mkdir(parents=True, exist_ok=True)
-    share = options.sample if options.sample is not None and options.sample < 1 else 1.0
+    with work.locked():
+        resumed = work.prepare(fresh=options.fresh or "-" in files)
+        found = _stages(config, files, options, work, console, report, resumed)
+        found |= {"peak_rss_bytes": peak_rss(), "seconds": round(time.monotonic() - started, 1)}
+        console.print(*replay_table(found), sep="\n")
+        for path in replay_report(found, report):
+            console.print(f"wrote {path}")
+        work.remove()
+    return found
+
+
+def _stages(
+    config: Config,
+    files: Sequence[str],
+    options: ReplayOptions,
+    work: Work,
+    console: Console,
+    report: Path,
+    resumed: bool,
+) -> dict[str, Any]:
+    """All stages; what is left of them when they end early is gone on with, unless they would end the same way again."""
     need_answer = options.teaching.wanted in ("target", "black-box")
     spool = Spool(
         work.spool,
         with_answer=options.teaching.wanted != "regenerate",
-        share=share,
+        share=options.sample if options.sample is not None and options.sample < 1 else 1.0,
         unusable=lambda record: unusable(record, since=options.since, need_answer=need_answer),
     )
     try:
         with (report / "replay.log").open("a") as stream:
             log.configure(config.log.level, "json", stream)
-            replay = _Replay(config, options, work, spool, console, report)
+            replay = _Replay(config, options, work, spool, console)
             if resumed:
                 console.print(f"going on with an interrupted replay at {spool.note('at', 'its first record')}")
             with Progress(*progress_columns(), console=console, transient=True) as progress:
                 replay.read(files, progress)
-                found = replay.learn(progress)
+                return replay.learn(progress)
     except KeyboardInterrupt:
         console.print(f"interrupted at {spool.note('at', 'its first record')}; the same command goes on from there")
         raise
-    except AdaptdError:
-        work.remove()  # the same command would end the same way
+    except TableUnavailable as error:
+        raise AdaptdError(
+            f"the buffer cannot be reached ({error}); the same command goes on where it stopped"
+        ) from error
+    except (LogRefused, ConfigError):
+        work.remove()
         raise
     finally:
         spool.close()
-    found |= {"peak_rss_bytes": peak_rss(), "seconds": round(time.monotonic() - started, 1)}
-    console.print(*replay_table(found), sep="\n")
-    for path in replay_report(found, report):
-        console.print(f"wrote {path}")
-    work.remove()
-    return found
 
 
 class _Replay:
     """The stages, over one spool."""
 
-    def __init__(
-        self, config: Config, options: ReplayOptions, work: Work, spool: Spool, console: Console, report: Path
-    ) -> None:
+    def __init__(self, config: Config, options: ReplayOptions, work: Work, spool: Spool, console: Console) -> None:
         self._config, self._options, self._work, self._spool = config, options, work, spool
-        self._console, self._report = console, report
+        self._console = console
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

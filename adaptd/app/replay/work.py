@@ -53,6 +53,8 @@ class Work:
             resumed = self.spool.is_file()
             if not resumed:
                 shutil.rmtree(self.folder, ignore_errors=True)
+                # Logs hold what people wrote: for nobody else to read.
+                self.folder.mkdir(parents=True, mode=0o700)
                 copy_current(self._config.home / "checkpoints", self.start)
                 if self._dry:
                     self._copy_deployment()
@@ -68,26 +70,12 @@ class Work:
             shutil.copytree(learner, self.home / _LEARNER)
 
     @contextmanager
-    def table(self) -> Iterator[ReplayTable]:
-        """The deployment's buffer; a dry run has one of its own.
+    def locked(self) -> Iterator[None]:
+        """Keep daemons and other replays off the deployment; a dry run leaves it to them.
 
         Raises:
-          AdaptdError: a daemon runs on this deployment.
+          AdaptdError: one is there.
         """
-        with self._locked():
-            options = self._config.buffer.model_dump(exclude={"url"})
-            url = self._config.buffer.url
-            if url != "embedded" and not self._dry:
-                yield open_table(url, self._config.deployment, **options)
-                return
-            server = buffers.embedded.start_embedded(self.home / "redis")
-            try:
-                yield open_table(server.url, self._config.deployment, **options)
-            finally:
-                server.close()
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
         if self._dry:
             yield
             return
@@ -99,6 +87,20 @@ class Work:
             yield
         finally:
             lock.close()
+
+    @contextmanager
+    def table(self) -> Iterator[ReplayTable]:
+        """The deployment's buffer; a dry run has one of its own."""
+        options = self._config.buffer.model_dump(exclude={"url"})
+        url = self._config.buffer.url
+        if url != "embedded" and not self._dry:
+            yield open_table(url, self._config.deployment, **options)
+            return
+        server = buffers.embedded.start_embedded(self.home / "redis")
+        try:
+            yield open_table(server.url, self._config.deployment, **options)
+        finally:
+            server.close()
 
     def remove(self) -> None:
         """The replay is over: nothing of it is needed any more."""
