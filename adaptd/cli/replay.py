@@ -108,7 +108,8 @@ def replay(
 
     reading = Reading(parse_map(columns or []), domain_field=domain_field, skip_bad=skip_bad)
     from adaptd.app.replay.lessons import TeachingOptions
-    from adaptd.app.replay.run import ReplayOptions, run
+    from adaptd.app.replay.options import ReplayOptions
+    from adaptd.app.replay.run import run
 
     options = ReplayOptions(
         reading=reading,

@@ -11,7 +11,7 @@ import torch
 from adaptd.app.replay import learning, run
 from adaptd.app.replay.lessons import Lesson, Lessons, TeachingOptions
 from adaptd.app.replay.models import load_models
-from adaptd.app.replay.run import ReplayOptions
+from adaptd.app.replay.options import ReplayOptions
 from adaptd.config import Config, load
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.request import DecodeRequest, SamplingParams

@@ -8,37 +8,35 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
 from adaptd import log
 from adaptd.actors.threads import set_threads
 from adaptd.app.replay import summary
 from adaptd.app.replay.choose import spend_budget
 from adaptd.app.replay.learning import Rehearsal
-from adaptd.app.replay.lessons import Lesson, Lessons, TeachingOptions
+from adaptd.app.replay.lessons import Lesson, Lessons
 from adaptd.app.replay.models import ReplayModels, load_models
+from adaptd.app.replay.options import ReplayOptions
+from adaptd.app.replay.reading import read_logs, reasons
 from adaptd.app.replay.work import Work
 from adaptd.config import Config
 from adaptd.decoding.costs import measure_costs
 from adaptd.errors import AdaptdError, ConfigError, LogRefused
-from adaptd.ingest.files import expand, size
-from adaptd.ingest.read import Reading, read_log, unusable
-from adaptd.ingest.select import Selection
+from adaptd.ingest.files import expand
+from adaptd.ingest.read import unusable
 from adaptd.ingest.spool import Queued, Spool
 from adaptd.report.replay import progress_columns, replay_report, replay_table
 from buffers.codec import decode, encode
 from buffers.errors import TableUnavailable
 from policies.acceptance import Profile
 
-#: Rows between two commits while logs are read.
-_COMMIT_ROWS = 2000
 #: Held-out records below which MAL is that of the records before they were learned from.
 _LEAST_HELD = 8
 #: Depths whose costs are measured, beside the configured k.
@@ -47,28 +45,6 @@ _REMEDIES = (
     ": --served-as NAME or --assume-target says which answers are the target's; --teacher auto or --regenerate has it answer "
     "the others again"
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplayOptions:
-    """Everything that the command line says beside the configuration."""
-
-    reading: Reading = field(default_factory=Reading)
-    teaching: TeachingOptions = field(default_factory=TeachingOptions)
-    limit: int | None = None
-    since: float | None = None
-    """Unix seconds; `since_said` is what was asked for, an age perhaps."""
-    since_said: str | None = None
-    sample: float | None = None
-    """Below 1 a share of the records, else a number of them."""
-    budget: int | None = None
-    select: Selection = "shift"
-    holdout: float = 0.1
-    """Share of the records that is only ever evaluated, never learned from or judged on."""
-    max_held: int = 1000
-    oracle: bool = False
-    dry_run: bool = False
-    fresh: bool = False
 
 
 def run(config: Config, paths: Sequence[str], options: ReplayOptions, report: Path) -> dict[str, Any]:
@@ -114,13 +90,12 @@ def _stages(
         unusable=lambda record: unusable(record, since=options.since, need_answer=need_answer),
     )
     try:
-        with (report / "replay.log").open("a") as stream:
-            log.configure(config.log.level, "json", stream)
+        with log.to_file(report / "replay.log", config.log.level):
             replay = _Replay(config, options, work, spool, console)
             if resumed:
                 console.print(f"going on with an interrupted replay at {spool.note('at', 'its first record')}")
             with Progress(*progress_columns(), console=console, transient=True) as progress:
-                replay.read(files, progress)
+                read_logs(files, options, spool, console, progress)
                 return replay.learn(progress)
     except KeyboardInterrupt:
         console.print(f"interrupted at {spool.note('at', 'its first record')}; the same command goes on from there")
@@ -142,49 +117,6 @@ class _Replay:
     def __init__(self, config: Config, options: ReplayOptions, work: Work, spool: Spool, console: Console) -> None:
         self._config, self._options, self._work, self._spool = config, options, work, spool
         self._console = console
-
-    # -- reading ------------------------------------------------------------------------------------------------------
-
-    def read(self, files: Sequence[str], progress: Progress) -> None:
-        """Logs into the spool, from where an earlier run stopped."""
-        spool, limit = self._spool, self._options.limit
-        if spool.note("read"):
-            return
-        first, row = spool.note("position", [0, 0])
-        total = sum(map(size, files))
-        task = progress.add_task("reading", total=total or None, unit="B")
-        done = sum(size(f) for f in files[:first])
-        for index in range(first, len(files)):
-            if limit is not None and spool.kept >= limit:
-                break
-            self._read_file(files[index], index, row if index == first else 0, progress, task, done)
-            done += size(files[index])
-        spool.settle()
-        sample = self._options.sample
-        if sample is not None and sample >= 1:
-            spool.keep_lowest(int(sample), "left out by --sample")
-        spool.order()
-        spool.commit(read=True, at="its first record")
-        progress.remove_task(task)
-        self._console.print(f"read {spool.count():,} records; {_formats(spool)}")
-
-    def _read_file(self, name: str, index: int, skip: int, progress: Progress, task: TaskID, done: int) -> None:
-        spool, limit = self._spool, self._options.limit
-        spool.start_file()
-        last = skip
-        seen = 0
-        told = lambda n: progress.update(task, completed=done + n)  # noqa: E731
-        for found in read_log(name, self._options.reading, skip=skip, progress=told):
-            if found.place.number != last:
-                # A row may hold several records: only whole rows are committed, and counted against the limit.
-                seen += 1
-                if seen % _COMMIT_ROWS == 0:
-                    spool.commit(position=[index, last], at=f"{name}, line {last}")
-                if limit is not None and spool.kept >= limit:
-                    break
-                last = found.place.number
-            spool.add(found)
-        spool.commit(position=[index + 1, 0], at=f"the end of {name}")
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -213,7 +145,7 @@ class _Replay:
     def _require_records(self) -> None:
         if self._spool.count():
             return
-        raise LogRefused(f"nothing to replay: no record was usable ({_reasons(self._spool)})")
+        raise LogRefused(f"nothing to replay: no record was usable ({reasons(self._spool)})")
 
     def _held_share(self) -> float:
         """Share of the records that is held out; what it is of all records, before a budget is spent."""
@@ -255,7 +187,7 @@ class _Replay:
         overall = summary.prequential(spool, config.seed)
         traces = [decode(payload) for payload in spool.held_traces()]
         if not overall["records"] and not traces:
-            raise LogRefused(f"nothing to replay: no record was usable ({_reasons(spool)}){_REMEDIES}")
+            raise LogRefused(f"nothing to replay: no record was usable ({reasons(spool)}){_REMEDIES}")
         found: dict[str, Any] = {
             "records": overall["records"] + len(traces),
             "refused": {reason: row["count"] for reason, row in spool.refusals().items()},
@@ -353,16 +285,6 @@ def _outcome(lesson: Lesson, held: bool, before: Profile, now: Profile) -> tuple
 
 def _rng(seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([seed, 0x2E91A, stream])
-
-
-def _formats(spool: Spool) -> str:
-    formats = ", ".join(f"{n:,} of {name}" for name, n in spool.counts("format").items())
-    return f"{formats or 'none'}; not used: {_reasons(spool)}"
-
-
-def _reasons(spool: Spool) -> str:
-    rows = spool.refusals()
-    return "; ".join(f"{row['count']:,} {reason}" for reason, row in rows.items()) or "nothing"
 
 
 def peak_rss() -> int:
