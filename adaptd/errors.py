@@ -4,6 +4,7 @@
     |- ConfigError (78)            a setting is unknown, of the wrong type or out of range
     |- VocabularyMismatch (78)     target and draft do not share one vocabulary
     |- StateDirError (78)          state_dir cannot be created or written
+    |- LogRefused (1)              a log that cannot be replayed; names file, line, rule and remedy
     |- RequestRefused (1)          a request that cannot be served; carries the HTTP status and the OpenAI error type
     |  |- ContextLengthExceeded    prompt and answer do not fit the context (400)
     |  |- UnknownModel             (404)
@@ -41,6 +42,10 @@ class StateDirError(AdaptdError):
     """`state_dir` cannot be created or written."""
 
     exit_code = 78
+
+
+class LogRefused(AdaptdError):
+    """A log that cannot be replayed; the message names file, line, rule and remedy, and never text of the log."""
 
 
 class RequestRefused(AdaptdError):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, TextIO
 
 import structlog
@@ -34,6 +37,18 @@ def configure(level: str = "info", style: Style = "auto", stream: TextIO | None 
         logger_factory=structlog.PrintLoggerFactory(file=stream),
         cache_logger_on_first_use=False,
     )
+
+
+@contextlib.contextmanager
+def to_file(path: Path, level: str = "info") -> Iterator[None]:
+    """Append this process's log to a file as JSON, and put everything back afterwards: progress keeps the terminal."""
+    before = structlog.get_config()
+    with path.open("a", encoding="utf-8") as stream:
+        configure(level, "json", stream)
+        try:
+            yield
+        finally:
+            structlog.configure(**before)
 
 
 def logger(name: str) -> structlog.typing.FilteringBoundLogger:

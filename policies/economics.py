@@ -10,7 +10,7 @@ memory, and c_v grows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -79,4 +79,18 @@ def best_depth(accept_at: Sequence[float], costs: Costs) -> tuple[int, float]:
     """
     speedups = [mal_at(accept_at, k) / costs.round(k) for k in range(len(accept_at) + 1)]
     best = max(range(len(speedups)), key=speedups.__getitem__)
+    return best, speedups[best]
+
+
+def recommended_depth(accept_at: Sequence[float], costs: Mapping[int, Costs]) -> tuple[int, float]:
+    """As `best_depth`, among the k whose costs were measured: c_v of each is its own, as on a machine bound by arithmetic.
+
+    Returns: k (0 where no speculation pays) and its expected speed-up.
+    Raises: ValueError: fewer depths than a measured k, or k below 1.
+    """
+    for k in costs:
+        if not 1 <= k <= len(accept_at):
+            raise ValueError(f"k ({k}) must lie within 1 and the {len(accept_at)} depths of accept_at")
+    speedups = {0: 1.0} | {k: mal_at(accept_at, k) / price.round(k) for k, price in costs.items()}
+    best = max(speedups, key=speedups.__getitem__)
     return best, speedups[best]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from adaptd.decoding.recall import observe_trace
 from adaptd.learning.batch import Batch, collate, draft_logits
-from adaptd.learning.evaluate import acceptance, served_logprob
+from adaptd.learning.evaluate import Rule, acceptance, served_logprob
 from buffers.trace import NO_TOKEN, Source, Trace
 from policies.acceptance import Profile, acceptance_profiles
 from policies.recall import Recall
@@ -39,6 +39,7 @@ def verify(
     version: int,
     k_draft: int = 8,
     recall: Recall | None = None,
+    rule: Rule = "rejection",
 ) -> tuple[list[Profile], list[Trace]]:
     """Expected counts of each answer under this draft, and the traces that it would have left.
 
@@ -50,14 +51,15 @@ def verify(
       version: of the draft, for the traces.
       k_draft: draft candidates kept at a correction.
       recall: what the decoder remembers; it learns from these answers after all of them have been verified.
+      rule: of the engine that serves; recall is the native engine's alone, which rejects.
     """
     accepts: list[NDArray[np.float64]] = []
     seen: list[Trace] = []
     for start in range(0, len(traces), _BATCH):
         group = traces[start : start + _BATCH]
-        batch = collate(group, max(len(t.tokens) for t in group))
+        batch = collate(group, max(len(t.tokens) for t in group), next(model.parameters()).device)
         logits = draft_logits(model, batch)
-        found = acceptance(logits, batch, group) if recall is None else _recalled(recall, logits, batch, group)
+        found = acceptance(logits, batch, group, rule) if recall is None else _recalled(recall, logits, batch, group)
         logprobs = logits.log_softmax(-1)
         best = logprobs.topk(k_draft, dim=-1)
         token = logprobs.gather(-1, batch.token_ids[:, None])[:, 0].numpy(force=True)

@@ -1,4 +1,4 @@
-"""`adaptd`: serve, look, evaluate, manage checkpoints, check the installation, see the demonstration.
+"""`adaptd`: serve, look, replay logs, evaluate, manage checkpoints, check the installation, see the demonstration.
 
 Exit codes: 0 ok, 1 failure, 2 usage, 69 upstream unavailable, 75 try again, 78 bad configuration.
 """
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from adaptd import __version__
-from adaptd.cli import bench, checkpoints
+from adaptd.cli import bench, checkpoints, replay, synthesize
 from adaptd.cli.common import ConfigFile, JsonFile, JsonFlag, Sets, load_config, print_json, write_result
 from adaptd.errors import AdaptdError
 
@@ -90,6 +90,10 @@ def evaluate(
     show(evaluation_table(found))
     if result is not None:
         write_result(result, found, settings)
+
+
+app.command()(replay.replay)
+app.command()(synthesize.synthesize)
 
 
 @app.command()

@@ -27,6 +27,7 @@ RANK = {
     "actors": 5,
     "server": 5,
     "sidecar": 5,
+    "ingest": 5,
     "pocket": 5,
     "bench": 6,
     "app": 7,
@@ -43,7 +44,9 @@ HOMES = {
         "adaptd.actors",
         "adaptd.pocket",
         "adaptd.bench",
+        "adaptd.ingest",
         "adaptd.app.doctor",
+        "adaptd.app.replay",
         "adaptd.sidecar.writer",
         "adaptd.sidecar.vllm_update",
         "adaptd.sidecar.vllm_backend",
@@ -55,10 +58,12 @@ HOMES = {
     "transformers": {
         "adaptd.models",
         "adaptd.pocket",
-        "adaptd.decoding.build",
+        "adaptd.decoding",
         "adaptd.learning",
         "adaptd.actors.parts",
         "adaptd.bench",
+        "adaptd.ingest",
+        "adaptd.app.replay.models",
     },
     "peft": {"adaptd.models"},
     "redis": {"buffers"},
@@ -69,7 +74,9 @@ HOMES = {
     "uvicorn": {"adaptd.app.serve"},
     "apscheduler": {"adaptd.app"},
     "structlog": {"adaptd"},
-    "matplotlib": {"adaptd.report.charts", "adaptd.report.shift"},
+    "pyarrow": {"adaptd.ingest.rows"},
+    "zstandard": {"adaptd.ingest.files"},
+    "matplotlib": {"adaptd.report.charts", "adaptd.report.shift", "adaptd.report.replay"},
 }
 # Side-effecting libraries that the pure package must never see.
 POLICIES_MAY_IMPORT = {"numpy", "torch", "river"}
@@ -185,7 +192,7 @@ def test_nothing_is_unpickled() -> None:
 def test_command_line_and_configuration_import_no_heavy_library() -> None:
     code = (
         "import sys, adaptd.config, adaptd.cli.main; "
-        "print([m for m in ('torch', 'ray', 'redis', 'transformers', 'matplotlib', 'fastapi') if m in sys.modules])"
+        "print([m for m in ('torch', 'ray', 'redis', 'transformers', 'matplotlib', 'fastapi', 'pyarrow') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"

@@ -80,3 +80,16 @@ def test_the_next_draw_does_not_depend_on_the_draft(decode: Decode) -> None:
     verify(tiny(7), answers, 3, left, version=0)
     verify(tiny(0), answers, 3, right, version=0)
     assert left.random() == right.random()
+
+
+def test_under_a_greedy_draft_acceptance_is_whether_its_first_choice_was_emitted(decode: Decode) -> None:
+    """Also at a temperature, where rejection sampling would accept by chance."""
+    draft = tiny(7)
+    answers = [f.trace for f in decode(draft, 6, temperature=1.0) if f.trace]
+    profiles, traces = verify(draft, answers, 3, np.random.default_rng(0), version=1, rule="greedy_draft")
+    for profile, trace in zip(profiles, traces, strict=True):
+        with torch.inference_mode():
+            rows = draft(input_ids=torch.from_numpy(trace.tokens.astype(np.int64))[None]).logits[0, trace.judging_rows]
+        first = rows.argmax(-1).numpy() == trace.response
+        assert trace.source.tolist() == sources(first, 3).tolist()
+        assert profile.rounds == _rounds(trace.source)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from policies.economics import Costs, best_depth, expected_speedup, mal_at
+from policies.economics import Costs, best_depth, expected_speedup, mal_at, recommended_depth
 
 
 def test_the_speedup_is_the_length_over_the_price_of_a_round() -> None:
@@ -53,3 +53,15 @@ def test_a_depth_of_zero_costs_one_step() -> None:
 def test_values_out_of_range_are_refused(wrong) -> None:
     with pytest.raises(ValueError, match="must"):
         wrong()
+
+
+def test_the_recommended_depth_weighs_each_depths_own_cost_of_verification() -> None:
+    """At a flat c_v deeper pays; where verifying more positions costs more, it stops paying."""
+    accept_at = [0.9] * 8
+    flat = {k: Costs(draft=0.05, verify=0.1) for k in (1, 2, 4, 8)}
+    steep = {k: Costs(draft=0.05, verify=0.3 * k) for k in (1, 2, 4, 8)}
+    assert recommended_depth(accept_at, flat)[0] == 8
+    assert recommended_depth(accept_at, steep) == (4, pytest.approx(mal_at(accept_at, 4) / 2.4))
+    assert recommended_depth([0.1] * 8, steep) == (0, 1.0)
+    with pytest.raises(ValueError, match="must lie within 1 and the 2 depths"):
+        recommended_depth([0.5, 0.5], flat)
