@@ -8,11 +8,13 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import ray
 import torch
 
+from adaptd.app.check import Check
+from adaptd.app.doctor_vllm import vllm_checks
 from adaptd.app.state import find_daemon
 from adaptd.config import Config
 from adaptd.errors import AdaptdError, ConfigError, DaemonUnavailable, RequestRefused
@@ -26,18 +28,12 @@ from buffers.open import open_table
 _MIN_FREE_BYTES = 2 * 2**30
 
 
-class Check(NamedTuple):
-    """One line of the report; `remedy` is empty when `state` is ok."""
-
-    name: str
-    state: Literal["ok", "warning", "failed"]
-    found: str
-    remedy: str = ""
-
-
 def run(config: Config) -> list[Check]:
     """All checks, in order; a check that fails does not stop the next."""
-    return [check for group in (_models, _disk, _redis, _ray, _gpu, _port) for check in group(config)]
+    groups = [_models, _disk, _redis, _ray, _gpu, _port]
+    if config.engine.kind == "vllm":
+        groups.append(vllm_checks)
+    return [check for group in groups for check in group(config)]
 
 
 def _models(config: Config) -> Iterator[Check]:
