@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -33,15 +32,18 @@ def test_acceptance_on_shifted_traffic_comes_back_by_the_servers_own_counters(
     """The last hundred requests, none of which was ever sent before, against the same hundred before any version."""
     plain, before = asyncio.run(counted(server.url, server.url, LAST))
     daemon.start()
-    for times in range(3):
+    for times in range(5):
         _, window = asyncio.run(counted(server.url, daemon.url, SHIFTED))
         status = daemon.status()
         print(
             f"{(times + 1) * len(SHIFTED)} requests: MAL {window.mal:.3f}, version {status['publisher']['version']}, "
             f"learner {status['learner'] and status['learner']['steps']} steps"
         )
+        if (status["publisher"]["version"] or 0) >= 2:  # how soon is up to the machine
+            break
     answers, after = asyncio.run(counted(server.url, daemon.url, LAST))
-    assert before.mal is not None and after.mal is not None
+    assert before.mal is not None
+    assert after.mal is not None
     print(f"last hundred: MAL {after.mal:.3f}, day 0 {before.mal:.3f}, ratio {after.mal / before.mal:.3f}")
     print([(e["kind"], {k: v for k, v in e.items() if k not in ("at", "kind")}) for e in daemon.status()["events"]])
     assert answers == plain, "not one token is another"
