@@ -40,7 +40,6 @@ class ServedDaemon:
         self.home = home / "default"
         self.settings = {
             "upstream.url": upstream,
-            "state_dir": home,
             "server.port": 0,
             "log.style": "json",
             "upstream.capture_share": 1.0,
@@ -48,6 +47,7 @@ class ServedDaemon:
             **(settings or {}),
         }
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("ADAPTD_")}
+        self.env["ADAPTD_STATE_DIR"] = str(home)  # by which its processes are found, too
         self.log = home / "serve.log"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -98,10 +98,7 @@ class ServedDaemon:
         found = []
         for line in subprocess.run(["pgrep", "-f", name], capture_output=True, text=True, check=False).stdout.split():
             try:
-                if (
-                    str(self.home.parent).encode()
-                    in Path(f"/proc/{line}/environ").read_bytes() + Path(f"/proc/{line}/cmdline").read_bytes()
-                ):
+                if str(self.home.parent).encode() in Path(f"/proc/{line}/environ").read_bytes():
                     found.append(int(line))
             except OSError:
                 continue

@@ -89,6 +89,13 @@ class VllmServer:
         self._process.wait(30)
         self._process = None
 
+    def kill(self) -> None:
+        """As the kernel would, the whole group at once."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(30)
+        self._process = None
+
     def resident_bytes(self) -> int:
         """Memory of all its processes, as the kernel counts it."""
         assert self._process is not None
