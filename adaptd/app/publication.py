@@ -84,6 +84,7 @@ class Publication:
         self._client = VllmClient(config.upstream.url, headers=upstream.headers, timeout_s=30.0)
         self._updates = config.home / "updates"
         self._up_since: float | None = None
+        self._looked_since: float | None = None
         self._asked_at = 0.0
         self._met = False
         self._restored = 0
@@ -168,12 +169,21 @@ class Publication:
                 self._failed(self._store.current() or 0, error)
                 return
             self._met = True
+        await self._look_at_once()
         if await self.follower.poll():
             self._last_failure = None
             self._remember("published", version=self.version, probe=_said(publisher))
         if publisher.counts["restored"] > self._restored:
             self._restored = publisher.counts["restored"]
             self._remember("restored", version=self.version)
+
+    async def _look_at_once(self) -> None:
+        """At a server that came back: the publisher itself looks less and less often at one that is away."""
+        if self._looked_since == self._upstream.since or self.publisher is None:
+            return
+        with contextlib.suppress(PublishFailed, UpstreamUnavailable):  # it goes on looking, and says so
+            await self.publisher.look()
+            self._looked_since = self._upstream.since
 
     async def _can(self) -> bool:
         """Whether the server takes drafts: asked when it comes up, and again and again while it does not."""

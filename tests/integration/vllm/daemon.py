@@ -98,7 +98,9 @@ class ServedDaemon:
         found = []
         for line in subprocess.run(["pgrep", "-f", name], capture_output=True, text=True, check=False).stdout.split():
             try:
-                if str(self.home.parent).encode() in Path(f"/proc/{line}/environ").read_bytes():
+                # Redis writes its title over its environment.
+                about = b"".join(Path(f"/proc/{line}/{what}").read_bytes() for what in ("environ", "cmdline"))
+                if str(self.home.parent).encode() in about:
                     found.append(int(line))
             except OSError:
                 continue

@@ -177,6 +177,21 @@ def test_asked_to_publish_it_tries_and_the_servers_refusal_is_an_event(tmp_path:
     assert setting.publication.status()["refusals"] == 1
 
 
+def test_a_server_that_comes_back_without_its_version_gets_it_at_once(tmp_path: Path) -> None:
+    setting = Setting(tmp_path)
+    setting.store.version = 1
+
+    async def work() -> None:
+        await setting.publication.poll()
+        setting.server.restart()
+        setting.upstream.since += 1.0
+        await setting.publication.poll()
+
+    run(work)
+    assert setting.server.draft == 1
+    assert setting.kinds() == ["published", "restored"]
+
+
 def test_a_version_that_breaks_its_promise_takes_the_store_back(tmp_path: Path) -> None:
     setting = Setting(tmp_path, promise=0.5)
 

@@ -158,13 +158,14 @@ def test_status_metrics_and_probes_work_as_for_the_native_engine(served: Served)
 def test_a_dead_redis_and_a_dead_learner_cost_no_request(served: Served) -> None:
     victims = []
     for pid in subprocess.run(
-        ["pgrep", "-f", "redis-server|ray::LearnerActor"], capture_output=True, text=True, check=False
+        ["pgrep", "-f", "redis-server unixsocket|ray::LearnerActor"], capture_output=True, text=True, check=False
     ).stdout.split():
         try:
-            environ = Path(f"/proc/{pid}/environ").read_bytes()
+            # Redis writes its title over its environment.
+            about = b"".join(Path(f"/proc/{pid}/{what}").read_bytes() for what in ("environ", "cmdline"))
         except OSError:
             continue
-        if served.env["ADAPTD_STATE_DIR"].encode() in environ:
+        if served.env["ADAPTD_STATE_DIR"].encode() in about:
             victims.append(int(pid))
     assert len(victims) >= 2, "Redis and the learner"
     for pid in victims:
