@@ -48,7 +48,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "upstream": {"capture_share": 1.0, "poll_s": 0.5, "publish": True},
     "adapt": {"gated": False, "head_rank": 0, "embed_rank": 0},
     "capture": {"reserved_share": 0.2},
-    "learn": {"interval_s": 15.0, "steps_per_tick": 32},
+    "learn": {"interval_s": 15.0},
     "server": {"port": 0},
     "log": {"style": "json"},
 }
@@ -66,7 +66,7 @@ class Phase:
 
 #: The draft knows the first domain, and not the second.
 FULL = (Phase("medical", 100, 100), Phase("math", 500, 1500, versions=3))
-QUICK = (Phase("medical", 30, 30), Phase("math", 250, 900, versions=1))
+QUICK = (Phase("medical", 30, 30), Phase("math", 250, 1200, versions=2))
 
 
 def settings_for(path: Path | None, sets: list[str] | None) -> Config:
