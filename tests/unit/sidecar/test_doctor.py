@@ -2,6 +2,9 @@
 
 import socket
 
+import pytest
+
+from adaptd.app import doctor
 from adaptd.app.doctor_vllm import vllm_checks
 from adaptd.config import load
 
@@ -20,3 +23,15 @@ def test_a_scope_that_cannot_travel_and_a_server_that_is_down_are_both_said() ->
     ].state == "ok"
     assert found["server"].state == "failed"
     assert found["address"].state == "ok"
+
+
+def test_the_targets_weights_are_not_read_where_the_server_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be of a size that this machine cannot hold."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the target's weights were read")
+
+    monkeypatch.setattr("adaptd.models.load.load_causal_lm", refuse)
+    found = {c.name: c for c in doctor._models(load(None, ["engine.kind=vllm"]))}
+    assert found["models"].found.startswith("target in the server")
+    assert found["vocabulary"].state == "ok"
