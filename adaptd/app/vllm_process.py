@@ -96,8 +96,8 @@ def vllm_server(
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    # Where they share cores, as learner and server do on a laptop, the server must not starve the learner (nice 10 too).
-    command = ["nice", "-n", "10", *command]
+    # Where they share cores, as on a laptop, the server must not starve the learner, which runs at this niceness.
+    command = ["nice", "-n", "19", *command]
     url = f"http://127.0.0.1:{port}"
     with process(command, environment, log) as running:
         await_health(f"{url}/health", running, log, "vLLM")
