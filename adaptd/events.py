@@ -32,6 +32,9 @@ UPSTREAM_UNREACHABLE = "upstream.unreachable"  # error
 UPSTREAM_BROKE_OFF = "upstream.broke_off"  # error
 PROXY_FAULTED = "proxy.faulted"  # where, error
 TRACE_REFUSED = "trace.refused"  # request_id, reason
+UPSTREAM_RESUMED = "upstream.resumed"  # upstream
+PUBLISHER_OFF = "publisher.turned_off"  # reason
+PUBLISHER_FAULTED = "publisher.faulted"  # error
 DRAFT_PUBLISHED = "draft.published"  # version, seconds
 DRAFT_PUBLISH_FAILED = "draft.publish_failed"  # version, error
 

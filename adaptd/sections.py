@@ -36,5 +36,11 @@ class UpstreamConfig(Section):
     """The server's draft_sample_method: it decides what acceptance means, so learner and gate follow it."""
     temperature: float = Field(1.0, ge=0)
     """Temperature of requests that name none: the model's generation_config, else 1."""
+    publish: bool | None = None
+    """Bring new versions into the server; none given: where scope, address and server allow it, else status says why not."""
+    publish_remote: bool = False
+    """Publish also to a server that other machines can reach: its development routes, which replace weights, have no key."""
+    server_folder: str | None = None
+    """Folder of the update files (`STATE_DIR/DEPLOYMENT/updates`) as the server sees it; none given: as adaptd does."""
     development_routes: bool = False
     """Pass vLLM's development routes (/pause, /update_weights, /collective_rpc, ...), which no API key guards."""

@@ -75,6 +75,12 @@ class Cluster:
             for i in range(self._decoders)
         ]
 
+    def learner_again(self, learner: Any, config: Config, buffer_url: str) -> Any:
+        """End a learner and start one of another configuration in its place: what it had published is in the store."""
+        ray.kill(learner)
+        self._config = config
+        return self.learner(buffer_url)
+
     def learner(self, buffer_url: str) -> Any:
         """Start the learner actor; returns its handle."""
         actor = ray.remote(concurrency_groups={"control": 2})(LearnerActor)  # type: ignore[call-overload]

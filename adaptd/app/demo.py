@@ -140,12 +140,12 @@ def settings_for(path: Path | None, sets: list[str] | None) -> Config:
 
 def run(config: Config, *, quick: bool, report: Path) -> dict[str, Any]:
     """Run the demonstration and print its table; the result in the form of design section 4 (`demo`)."""
-    with _state(config) as settings:
+    with temporary_state(config) as settings:
         return asyncio.run(_run(settings, QUICK if quick else FULL, report))
 
 
 @contextlib.contextmanager
-def _state(config: Config) -> Iterator[Config]:
+def temporary_state(config: Config) -> Iterator[Config]:
     """Each demonstration starts at day 0: a folder of its own, unless the user names one."""
     if "state_dir" in config.model_fields_set:
         yield config

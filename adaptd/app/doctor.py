@@ -8,11 +8,13 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import ray
 import torch
 
+from adaptd.app.check import Check
+from adaptd.app.doctor_vllm import vllm_checks
 from adaptd.app.state import find_daemon
 from adaptd.config import Config
 from adaptd.errors import AdaptdError, ConfigError, DaemonUnavailable, RequestRefused
@@ -26,34 +28,31 @@ from buffers.open import open_table
 _MIN_FREE_BYTES = 2 * 2**30
 
 
-class Check(NamedTuple):
-    """One line of the report; `remedy` is empty when `state` is ok."""
-
-    name: str
-    state: Literal["ok", "warning", "failed"]
-    found: str
-    remedy: str = ""
-
-
 def run(config: Config) -> list[Check]:
     """All checks, in order; a check that fails does not stop the next."""
-    return [check for group in (_models, _disk, _redis, _ray, _gpu, _port) for check in group(config)]
+    groups = [_models, _disk, _redis, _ray, _gpu, _port]
+    if config.engine.kind == "vllm":
+        groups.append(vllm_checks)
+    return [check for group in groups for check in group(config)]
 
 
 def _models(config: Config) -> Iterator[Check]:
+    # Behind the proxy the target is the server's: here nobody needs its weights, only its tokenizer.
+    remote = config.engine.kind == "vllm"
     try:
-        target = load.load_causal_lm(load.resolve(config.target.model, "target"), dtype="auto", device="cpu")
+        folder = load.resolve(config.target.model, "target")
+        target = None if remote else load.load_causal_lm(folder, dtype="auto", device="cpu")
         draft = load.load_draft(load.resolve(config.draft.model, "draft"), dtype="auto", device="cpu").model
-        target_tokenizer = load.load_tokenizer(load.resolve(config.target.model, "target"))
+        target_tokenizer = load.load_tokenizer(folder)
         draft_tokenizer = load.load_tokenizer(load.resolve(config.draft.model, "draft"))
     except ConfigError as error:
         yield Check("models", "failed", str(error), "set target.model and draft.model to Hugging Face folders or names")
         return
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (target, draft)]
-    yield Check("models", "ok", f"target {sizes[0]:,}, draft {sizes[1]:,} parameters")
+    size = "in the server" if target is None else f"{sum(p.numel() for p in target.parameters()):,}"
+    yield Check("models", "ok", f"target {size}, draft {sum(p.numel() for p in draft.parameters()):,} parameters")
     try:
-        load.check_same_vocabulary(target, draft, target_tokenizer, draft_tokenizer)
-        yield Check("vocabulary", "ok", f"{load.vocab_size(target):,} tokens, the same in both")
+        load.check_same_vocabulary(draft if target is None else target, draft, target_tokenizer, draft_tokenizer)
+        yield Check("vocabulary", "ok", f"{load.vocab_size(draft):,} tokens, the same in both")
     except AdaptdError as error:
         yield Check("vocabulary", "failed", str(error), "use a draft that was made for this target's tokenizer")
     try:

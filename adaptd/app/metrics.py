@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from adaptd import __version__
+from adaptd.app.publisher_metrics import publisher_metrics
 
 if TYPE_CHECKING:
     from adaptd.app.adaptation import Adaptation
@@ -89,6 +90,7 @@ def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
         yield family
     if "proxy" in status:
         yield from _proxy(status["proxy"], status["upstream"])  # type: ignore[arg-type]
+        yield from publisher_metrics(status["publisher"])  # type: ignore[arg-type]
     learner: dict[str, float] | None = status["learner"]  # type: ignore[assignment]
     if learner is not None:
         for key, text in (

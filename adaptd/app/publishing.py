@@ -52,7 +52,7 @@ def build_publisher(
     if not (allow_remote or is_loopback(url)):
         raise ConfigError(
             f"the server at {url} can be reached from other machines, and vLLM's development routes, by which weights "
-            "are replaced, have no key: let it listen on loopback or a unix socket, or allow it explicitly"
+            "are replaced, have no key: let it listen on loopback or a unix socket, or set upstream.publish_remote: true"
         )
     client = VllmClient(url, headers=headers)
     folder = config.home / "updates"

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 from adaptd import __version__, events
 from adaptd.app.adaptation import Adaptation
+from adaptd.app.publication import Publication
+from adaptd.app.publishing import reserved_prompts
 from adaptd.config import Config
 from adaptd.errors import ConfigError
 from adaptd.log import logger
@@ -24,7 +26,6 @@ from adaptd.report.monitor import Finished, Monitor
 from adaptd.sidecar.capture import Captured, CaptureThread
 from adaptd.sidecar.headers import Labels
 from adaptd.sidecar.proxy import Done, Proxy
-from adaptd.sidecar.publish import DraftPublisher, PublishFollower
 from adaptd.sidecar.request import Plan, plan
 from adaptd.sidecar.steps import Figures, figures
 from adaptd.sidecar.traces import Provenance, settings
@@ -38,14 +39,13 @@ _DRAIN_POLL_S = 0.05
 class SidecarDaemon(Adaptation):
     """One deployment in front of one server.
 
-    Args:
-      publisher: brings new versions into the server; None leaves them in the store.
+    Raises:
+      ConfigError: the configuration asks for what vLLM does not tell, or for versions in the server that it cannot take.
     Raises (from `start`):
-      StateDirError: the folder cannot be used. ConfigError: there is no such draft, or the configuration asks for what
-        vLLM does not tell.
+      StateDirError: the folder cannot be used. ConfigError: there is no such draft.
     """
 
-    def __init__(self, config: Config, *, publisher: DraftPublisher | None = None, log_to_driver: bool = True) -> None:
+    def __init__(self, config: Config, *, log_to_driver: bool = True) -> None:
         if config.capture.positions != "all":
             raise ConfigError(
                 f"capture.positions ({config.capture.positions!r}) must be 'all' with engine.kind vllm, which does not "
@@ -53,7 +53,15 @@ class SidecarDaemon(Adaptation):
             )
         super().__init__(config, log_to_driver=log_to_driver)
         self.upstream = Upstream(config.upstream)
-        self.follower = PublishFollower(self.store, publisher)
+        self.publication = Publication(
+            config,
+            self.store,
+            self.upstream,
+            prompts=lambda: reserved_prompts(self.table)(),
+            remember=self._remember,
+            rollback=self.rollback,
+        )
+        self._target_id = ""
         self._client = make_client(config.upstream)
         self._share = random.Random(config.seed)
         self._capture: CaptureThread | None = None
@@ -62,7 +70,7 @@ class SidecarDaemon(Adaptation):
             self._client,
             self._plan,
             self._report,
-            lambda: self.follower.version,
+            lambda: self.publication.version,
             development_routes=config.upstream.development_routes,
         )
 
@@ -77,18 +85,20 @@ class SidecarDaemon(Adaptation):
         load.resolve(self.config.draft.model, "draft")
         await self._open()
         self._writer = TraceWriter(self.table, max_pending=self.config.capture.max_pending)
+        await self.publication.recover()
         await self.upstream.wait(self.config.upstream.wait_s)
         self._adopt_k()
         self._capture = CaptureThread(self._writer.append, self.config.capture.max_pending)
         self._start_scheduler()
-        self._every(self.config.upstream.poll_s, self.upstream.poll)
-        self._every(self.config.checkpoints.poll_s, self.follower.poll)
+        self._every(self.config.upstream.poll_s, self._look)
         if url:
             self._state.announce(url)
         self.serving = True
         # Last, and not waited for: traces are worth having before there is somebody to learn from them.
         await self._join_cluster(after_cluster)
+        self._follow_server()
         self._start_ticking()
+        self.publication.start()
         _log.info(
             events.SERVICE_STARTED,
             version=__version__,
@@ -99,13 +109,30 @@ class SidecarDaemon(Adaptation):
             seconds=round(time.monotonic() - started, 2),
         )
 
-    def _adopt_k(self) -> None:
-        """The server decides how many tokens are drafted a step; gate and monitor count at its depth."""
+    async def _look(self) -> None:
+        await self.upstream.poll()
+        self._follow_server()
+
+    def _follow_server(self) -> None:
+        """The learner follows what the server turned out to be, at whatever time it came up."""
+        if self._adopt_k() and self.learner is not None:
+            self.learner = self._cluster.learner_again(self.learner, self.config, self.buffer_url)
+            self._target_id = ""
+        target_id = self.upstream.capabilities.target_id
+        if self.learner is not None and target_id not in ("", self._target_id):
+            # Not awaited: calls are served in order, and the next one is the tick that it must precede.
+            self.learner.follow_target.remote(target_id)
+            self._target_id = target_id
+
+    def _adopt_k(self) -> bool:
+        """The server decides how many tokens are drafted a step: gate and monitor count at its depth; whether it moved."""
         k = self.upstream.capabilities.k
-        if k is not None and k != self.config.engine.k:
-            engine = self.config.engine.model_copy(update={"k": k})
-            self.config = self.config.model_copy(update={"engine": engine})
-            self.monitor = Monitor(k, self.config.drift.delta)
+        if k is None or k == self.config.engine.k:
+            return False
+        engine = self.config.engine.model_copy(update={"k": k})
+        self.config = self.config.model_copy(update={"engine": engine})
+        self.monitor = Monitor(k, self.config.drift.delta)
+        return True
 
     def _plan(self, path: str, body: bytes, labels: Labels) -> Plan | None:
         able = self.upstream.capabilities
@@ -171,9 +198,9 @@ class SidecarDaemon(Adaptation):
             "in_flight": self.proxy.counts.in_flight,
             "decoders": [
                 {
-                    "draft_version": self.follower.version,
+                    "draft_version": self.publication.version,
                     "engine": {"recalled": 0},
-                    "swap": self.follower.counts,
+                    "swap": self.publication.swaps(),
                     "writer": dataclasses.asdict(stats),
                 }
             ],
@@ -183,10 +210,10 @@ class SidecarDaemon(Adaptation):
                 "up": self.upstream.up,
                 "error": self.upstream.error,
                 "since": self.upstream.since,
-                "publisher": self.follower.configured,
                 "capture_share": self.config.upstream.capture_share,
                 **dataclasses.asdict(self.upstream.capabilities),
             },
+            "publisher": self.publication.status(),
             "proxy": {
                 **dataclasses.asdict(self.proxy.counts),
                 "uncaptured": dict(self.proxy.counts.uncaptured),
@@ -220,6 +247,7 @@ class SidecarDaemon(Adaptation):
         for part in (self._capture, self._writer):
             if part is not None:
                 await asyncio.to_thread(part.close, 5.0)
+        await self.publication.close()
         await self._take_down()
         await self.upstream.close()
         await self._client.aclose()

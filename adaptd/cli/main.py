@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 failure, 2 usage, 69 upstream unavailable, 75 try again, 78 
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,13 @@ def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"adaptd {__version__}")
         raise typer.Exit
+
+
+class EngineKind(StrEnum):
+    """Who decodes in the demonstration."""
+
+    native = "native"
+    vllm = "vllm"
 
 
 @app.callback()
@@ -151,17 +159,38 @@ def export_arguments(where: list[str], prepare: bool) -> tuple[int | None, Path]
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="A shorter run, under 90 seconds.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A shorter run; with the native engine under 90 seconds.")
+    ] = False,
+    engine: Annotated[
+        EngineKind, typer.Option(help="Who decodes: adaptd's own engine, or a vLLM server that is started for it.")
+    ] = EngineKind.native,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="ADAPTD_VLLM",
+            help="With --engine vllm: a virtual environment that has vLLM, or its executable.",
+            show_default=".vllm here, or vllm on the PATH",
+        ),
+    ] = None,
     result: JsonFile = None,
-    report: Annotated[Path, typer.Option(help="Folder for the PNG and HTML report.")] = Path("adaptd-demo"),
+    report: Annotated[
+        Path, typer.Option(help="Folder for the PNG and HTML report; with --engine vllm for the logs.")
+    ] = Path("adaptd-demo"),
     config: ConfigFile = None,
     sets: Sets = None,
 ) -> None:
     """Watch the shipped draft lose acceptance when traffic changes, and win it back by itself."""
-    from adaptd.app.demo import run, settings_for
+    if engine is EngineKind.vllm:
+        from adaptd.app import demo_vllm
 
-    settings = settings_for(config, sets)
-    found = run(settings, quick=quick, report=report)
+        settings = demo_vllm.settings_for(config, sets)
+        found = demo_vllm.run(settings, vllm=vllm, quick=quick, report=report)
+    else:
+        from adaptd.app import demo as native
+
+        settings = native.settings_for(config, sets)
+        found = native.run(settings, quick=quick, report=report)
     if result is not None:
         write_result(result, found, settings)
 

@@ -76,6 +76,8 @@ def check_publishable(config: ScopeConfig) -> None:
     changes = ["adapt.scope: private_expert or lora"] if config.scope == "full" else []
     if config.scope == "private_expert" and config.gated:
         changes.append("adapt.gated: false")
+    if config.request_gate:
+        changes.append("adapt.request_gate: false")
     if config.effective_head_rank:
         changes.append("adapt.head_rank: 0")
     if config.effective_embed_rank:

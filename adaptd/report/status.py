@@ -123,6 +123,23 @@ def _proxy_row(proxy: dict[str, Any]) -> str:
     )
 
 
+def _publisher_row(publisher: dict[str, Any]) -> str:
+    if not publisher["active"]:
+        return f"versions stay in the store: {publisher['reason']}"
+    if publisher["halted"]:
+        return f"[red]halted[/]: {publisher['halted']}"
+    at = publisher["swapped_at"]
+    parts = [
+        "day 0 in the server" if not publisher["version"] else f"version {publisher['version']} in the server",
+        "nothing published yet" if at is None else f"last published {_age(time.time() - at)} ago",
+        f"failed {publisher['refusals']}, restored {publisher['restored']}",
+        *([f"target tensors checked {checked}"] if (checked := publisher["target_tensors_checked"]) else []),
+        *([f"probe: {probe}"] if (probe := publisher["last_probe"]) else []),
+        *([f"[red]last error[/]: {error}"] if (error := publisher["last_error"]) else []),
+    ]
+    return "; ".join(parts)
+
+
 def _drift_row(drift: dict[str, Any]) -> str:
     parts = [f"{name} {state['mean']:.0%} (n {state['n']})" for name, state in drift["state"].items()]
     last = drift["events"][-1] if drift["events"] else None
@@ -164,9 +181,8 @@ def render(status: dict[str, Any]) -> RenderableType:
         "traces": _writer_row(status["decoders"]),
         **({} if upstream else {"recall": _recall_row(status["decoders"])}),
         "learner": _learner_row(status["learner"]),
-        "swaps": _swap_row(status["decoders"])
-        if not upstream or status["upstream"]["publisher"]
-        else "no publisher is configured: versions stay in the store",
+        **({"publisher": _publisher_row(status["publisher"])} if upstream else {}),
+        "swaps": _swap_row(status["decoders"]),
     }
     for key, value in rows.items():
         head.add_row(key, value)

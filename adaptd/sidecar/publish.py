@@ -19,6 +19,11 @@ _log = logger(__name__)
 class DraftPublisher(Protocol):
     """Puts a version of the store into the running server."""
 
+    @property
+    def version(self) -> int | None:
+        """What the server drafts with; None before the first publication."""
+        ...
+
     async def publish(self, version: int) -> None:
         """Returns when the server drafts with this version; 0 is day 0.
 
@@ -36,6 +41,7 @@ class PublishFollower:
       publisher: None if there is none: nothing is brought in.
       retry_s: pause before a version that failed is tried again.
       clock: seconds, monotonic.
+      failed: is told of each failure, the version first.
     """
 
     def __init__(
@@ -44,30 +50,37 @@ class PublishFollower:
         publisher: DraftPublisher | None,
         retry_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
+        failed: Callable[[int, Exception], None] = lambda version, error: None,
     ) -> None:
-        self._store, self._publisher, self._retry_s, self._clock = store, publisher, retry_s, clock
-        self.version = 0
-        """What the server drafts with, as far as known: 0 until something was published."""
+        self._store, self._publisher, self._retry_s, self._clock, self._tell = store, publisher, retry_s, clock, failed
+        self.foreign = False
+        """Whether the server held something unknown before the first publication: then even day 0 is published."""
         self._failed: tuple[int, float] | None = None
         self.counts: dict[str, Any] = {
             "swaps": 0,
             "refusals": 0,
-            "last_pause_s": None,
-            "max_pause_s": 0.0,
+            "last_s": None,
             "swapped_at": None,
         }
 
     @property
-    def configured(self) -> bool:
-        """Whether versions reach the server at all."""
-        return self._publisher is not None
+    def version(self) -> int:
+        """What the server drafts with, as far as known: 0 until something was published."""
+        return (self._publisher.version if self._publisher else None) or 0
+
+    @property
+    def _settled(self) -> int | None:
+        """The version that needs no publication."""
+        if self._publisher is None or self._publisher.version is None:
+            return None if self.foreign else 0
+        return self._publisher.version
 
     async def poll(self) -> bool:
         """Publish if CURRENT moved; whether the server got another version. Raises nothing."""
         current = self.version
         try:
             current = self._store.current() or 0
-            if self._publisher is None or current == self.version or self._waits(current):
+            if self._publisher is None or current == self._settled or self._waits(current):
                 return False
             started = self._clock()
             await self._publisher.publish(current)
@@ -75,12 +88,12 @@ class PublishFollower:
             self._failed = (current, self._clock())
             self.counts["refusals"] += 1
             _log.error(events.DRAFT_PUBLISH_FAILED, version=current, error=f"{type(error).__name__}: {error}"[:200])
+            self._tell(current, error)
             return False
         seconds = self._clock() - started
-        self.version, self._failed = current, None
+        self._failed = None
         self.counts["swaps"] += 1
-        self.counts["last_pause_s"] = seconds
-        self.counts["max_pause_s"] = max(self.counts["max_pause_s"], seconds)
+        self.counts["last_s"] = seconds
         self.counts["swapped_at"] = time.time()
         _log.info(events.DRAFT_PUBLISHED, version=current, seconds=round(seconds, 4))
         return True

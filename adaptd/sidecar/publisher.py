@@ -117,7 +117,7 @@ class Publisher:
         if update.content in self._broken:
             raise PublishFailed("acceptance", f"{self._broken[update.content]}; it is not tried again")
         prompts = await asyncio.to_thread(self._prober.prompts) if self._prober else []
-        holds = await self._holds()
+        holds = await self.holds()
         before = await self._measured(prompts)
         try:
             await self._swap(update)
@@ -151,8 +151,12 @@ class Publisher:
         except UpstreamRefused as error:
             raise PublishFailed("unsupported", f"the probe prompts were refused: {error}") from error
 
-    async def _holds(self) -> int | None:
-        """The version that the server drafts with by its own label; None: somebody else's."""
+    async def holds(self) -> int | None:
+        """The version that the server drafts with by its own label; None: somebody else's.
+
+        Raises:
+          PublishFailed: (`unsupported`) it has no label. UpstreamUnavailable: it does not answer.
+        """
         try:
             label = await self._client.weight_version()
         except UpstreamRefused as error:
@@ -240,7 +244,9 @@ class Publisher:
                 await asyncio.sleep(_RESUME_WAIT_S)
 
     async def recover(self, folder: Path) -> bool:
-        """Resume a server that a killed daemon left paused; returns whether it had to. `folder`: of the update files.
+        """Resume a server that was left paused, by a daemon that was killed or by a connection that failed; whether it had to.
+
+        `folder`: of the update files.
 
         Raises:
           UpstreamUnavailable: the server does not answer.
@@ -249,6 +255,8 @@ class Publisher:
         if not marker.exists():
             return False
         async with self._lock:
+            if not marker.exists():  # a publication was under way, and has resumed it
+                return False
             await self._resume(marker)
         return True
 
@@ -326,11 +334,18 @@ class Publisher:
                     )
                 wait = min(2 * wait, max(_LONGEST_WAIT_S, interval_s))
 
-    async def close(self) -> None:
-        """Let a publication end, then close the connections; the server keeps what it has."""
+    async def settle(self, seconds: float = 10.0) -> bool:
+        """Begin nothing any more and let what is under way end; whether it did within `seconds`.
+
+        What did not is to be cancelled and awaited before `close`, which would take the way to resume the server.
+        """
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(10.0):
-                await self._lock.acquire()
+            async with asyncio.timeout(seconds):
+                return await self._lock.acquire()
+        return False
+
+    async def close(self) -> None:
+        """Close the connections, after `settle`; the server keeps what it has."""
         await self._client.close()
 
     def status(self) -> dict[str, Any]:

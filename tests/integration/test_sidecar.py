@@ -161,10 +161,13 @@ def test_the_sidecar_serves_captures_learns_and_stops(upstream: str, tmp_path: P
         wait_for("a tick", lambda: (status()["learner"] or {}).get("steps", 0) >= 2, 300)
         shown = subprocess.run([*COMMAND, "status"], env=env, capture_output=True, text=True, timeout=60, check=False)
         assert shown.returncode == 0, shown.stderr
-        assert "no publisher is configured" in shown.stdout
+        assert "versions stay in the store" in shown.stdout
+        assert found["publisher"]["active"] is False
+        assert "adapt.gated: false" in found["publisher"]["reason"]
         metrics = client.get("/metrics").text
         assert 'adaptd_requests_total{domain="math"} 12.0' in metrics
         assert 'adaptd_proxy_uncaptured_total{reason="opted out"} 1.0' in metrics
+        assert "adaptd_publisher_active 0.0" in metrics
         assert client.get("/readyz").status_code == 200
         assert client.post("/update_weights").status_code == 403
         process.send_signal(signal.SIGTERM)

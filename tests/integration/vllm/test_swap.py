@@ -310,10 +310,19 @@ def test_a_server_that_restarts_gets_its_version_back(server: VllmServer, draft:
 def test_doctor_finds_nothing_wrong_with_a_server_started_as_documented(
     server: VllmServer, swap_settings: Config
 ) -> None:
-    found = list(vllm_checks(swap_settings, server.url, top_logprobs=32))
+    upstream = swap_settings.upstream.model_copy(update={"url": server.url, "top_logprobs": 32, "publish": True})
+    found = list(vllm_checks(swap_settings.model_copy(update={"upstream": upstream})))
     assert [f for f in found if f.state != "ok"] == []
     names = {f.name for f in found}
-    assert names >= {"vocabulary", "chat template", "plugin", "tied head", "per-request metrics", "prefix cache"}
+    assert names >= {
+        "publishing",
+        "vocabulary",
+        "chat template",
+        "plugin",
+        "tied head",
+        "per-request metrics",
+        "prefix cache",
+    }
 
 
 def test_doctor_sees_what_does_not_fit_the_server(server: VllmServer, pocket_tokenizer: Any) -> None:

@@ -179,11 +179,13 @@ class Publisher:
     def __init__(self) -> None:
         self.calls: list[int] = []
         self.broken = False
+        self.version: int | None = None
 
     async def publish(self, version: int) -> None:
         self.calls.append(version)
         if self.broken:
             raise RuntimeError("refused")
+        self.version = version
 
 
 class Store:
@@ -196,7 +198,14 @@ class Store:
 def test_a_new_version_is_published_once_and_a_failed_one_again_later() -> None:
     now = [0.0]
     store, publisher = Store(), Publisher()
-    follower = PublishFollower(store, publisher, retry_s=30, clock=lambda: now[0])  # type: ignore[arg-type]
+    told: list[int] = []
+    follower = PublishFollower(
+        store,  # type: ignore[arg-type]
+        publisher,
+        retry_s=30,
+        clock=lambda: now[0],
+        failed=lambda version, error: told.append(version),
+    )
     assert not asyncio.run(follower.poll())
     store.version = 1
     assert asyncio.run(follower.poll())
@@ -205,7 +214,7 @@ def test_a_new_version_is_published_once_and_a_failed_one_again_later() -> None:
     store.version, publisher.broken = 2, True
     for _ in range(3):
         assert not asyncio.run(follower.poll())
-    assert (follower.version, follower.counts["refusals"]) == (1, 1)
+    assert (follower.version, follower.counts["refusals"], told) == (1, 1, [2])
     now[0], publisher.broken = 31.0, False
     assert asyncio.run(follower.poll())
     assert publisher.calls == [1, 2, 2]
@@ -215,7 +224,28 @@ def test_a_new_version_is_published_once_and_a_failed_one_again_later() -> None:
 def test_without_a_publisher_versions_stay_in_the_store(tmp_path: Path) -> None:
     follower = PublishFollower(CheckpointStore(tmp_path), None)
     assert not asyncio.run(follower.poll())
-    assert not follower.configured
+    assert follower.version == 0
+
+
+def test_what_another_store_left_in_the_server_is_published_over_even_by_day_0() -> None:
+    store, publisher = Store(), Publisher()
+    follower = PublishFollower(store, publisher)  # type: ignore[arg-type]
+    follower.foreign = True
+    assert asyncio.run(follower.poll())
+    assert publisher.calls == [0]
+    assert not asyncio.run(follower.poll())
+
+
+def test_a_publisher_that_fell_back_further_gets_the_version_again() -> None:
+    """What the publisher says is at work counts, not what it was last asked for."""
+    store, publisher = Store(), Publisher()
+    follower = PublishFollower(store, publisher)  # type: ignore[arg-type]
+    store.version = 1
+    assert asyncio.run(follower.poll())
+    publisher.version = 0
+    assert follower.version == 0
+    assert asyncio.run(follower.poll())
+    assert publisher.calls == [1, 1]
 
 
 ABOUT = Provenance(
