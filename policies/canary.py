@@ -12,11 +12,11 @@ quarantined together with everything learned from it: see `Quarantine`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from policies.gate import LiveWatch
+from policies.watch import Trial
 
 Phase = Literal["idle", "trying", "spreading"]
 
@@ -37,8 +37,14 @@ class Quarantine:
     they were first (`restored` of a manifest), so that a new number does not clear them.
     """
 
-    def __init__(self) -> None:
-        self._reasons: dict[int, str] = {}
+    def __init__(self, reasons: Mapping[int, str] | None = None) -> None:
+        """`reasons`: what was quarantined before, by version."""
+        self._reasons: dict[int, str] = dict(reasons or {})
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """Why, by version."""
+        return dict(self._reasons)
 
     def add(self, version: int, reason: str) -> None:
         """Live traffic refused this version. Day 0 cannot be quarantined: there must be a way back.
@@ -56,24 +62,35 @@ class Quarantine:
           parents: parent by version, as in the manifests; None or absent: day 0.
           restored: the version whose tensors these are, if they are published again.
         """
+        at = next(self._refused(version, parents, restored), None)
+        if at is None:
+            return ""
+        from_it = "" if at == version else f"it comes from version {at}, and "
+        return f"version {version} is quarantined: {from_it}version {at} was rolled back ({self._reasons[at]})"
+
+    def lift(self, version: int, parents: Mapping[int, int | None], restored: int | None = None) -> list[int]:
+        """Let this version, and what it comes from, be promoted again; which were quarantined."""
+        lifted = list(self._refused(version, parents, restored))
+        for number in lifted:
+            del self._reasons[number]
+        return lifted
+
+    def _refused(self, version: int, parents: Mapping[int, int | None], restored: int | None) -> Iterator[int]:
+        """The quarantined ones on the way to day 0, nearest first."""
         at: int | None = version if restored is None else restored
         seen: set[int] = set()
         while at and at not in seen:
             if at in self._reasons:
-                from_it = "" if at == version else f"it comes from version {at}, and "
-                return f"version {version} is quarantined: {from_it}version {at} was rolled back ({self._reasons[at]})"
+                yield at
             seen.add(at)
             at = parents.get(at)
-        return ""
 
 
 @dataclass(slots=True)
 class _Trial:
     version: int
     server: str
-    watch: LiveWatch
-    shares: float = 0.0
-    baselines: float = 0.0
+    trial: Trial
     installed: bool = False
 
 
@@ -140,8 +157,8 @@ class Canary:
             self.verdict = refusal
             return []
         server = next(iter(self._at))
-        watch = LiveWatch(baseline, max_drop=self._max_drop, false_alarm=self._false_alarm)
-        self._trial = _Trial(version, server, watch)
+        limits = Trial(max_requests=self._max_requests, max_drop=self._max_drop, false_alarm=self._false_alarm)
+        self._trial = _Trial(version, server, limits)
         return [Action("install", server, version)]
 
     def installed(self, server: str, version: int) -> list[Action]:
@@ -173,17 +190,13 @@ class Canary:
         trial = self._trial
         if trial is None or not trial.installed or server != trial.server:
             return []
-        state = trial.watch.update(share, baseline)
-        trial.shares += share
-        trial.baselines += baseline
-        seen = trial.watch.seen
-        if state == "watching" and seen < self._max_requests:
+        state = trial.trial.update(share, baseline)
+        if state == "watching":
             return []
-        below = trial.shares < trial.baselines * (1.0 - self._max_drop)
-        if state == "worse" or (state == "watching" and below):
-            found = f"{trial.shares / seen:.3f} accepted, {trial.baselines / seen:.3f} expected, {seen} requests"
-            return self._roll_back(trial, found)
-        self.verdict = f"version {trial.version} is {'confirmed' if state == 'confirmed' else 'not worse'} after {seen}"
+        if state == "worse":
+            return self._roll_back(trial, trial.trial.describe())
+        found = "confirmed" if trial.trial.sure else "not worse"
+        self.verdict = f"version {trial.version} is {found} after {trial.trial.seen}"
         self._accepted, self._trial = trial.version, None
         self._spreading = [name for name in self._at if name != trial.server]
         return [Action("install", name, self._accepted) for name in self._spreading] or self._next()

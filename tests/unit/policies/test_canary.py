@@ -129,3 +129,15 @@ def test_day_0_is_always_the_way_back() -> None:
 def test_bad_arguments_are_refused(servers: list[str], options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be at least"):
         Canary(servers, **options)
+
+
+def test_a_quarantine_goes_on_after_a_restart_and_can_be_lifted_with_what_it_came_from() -> None:
+    first = Quarantine()
+    first.add(3, "acceptance fell")
+    first.add(5, "again")
+    parents = {3: 2, 4: 3, 5: 4}
+    second = Quarantine(first.reasons)
+    assert second.refusal(5, parents)
+    assert second.lift(5, parents) == [5, 3]
+    assert not any(second.refusal(v, parents) for v in (3, 4, 5))
+    assert second.lift(5, parents) == []
