@@ -185,6 +185,8 @@ class GateConfig(_Section):
     """Watch live acceptance after a promotion and roll back by itself."""
     max_drop: float = Field(0.1, ge=0, lt=1)
     """Relative fall of live acceptance that the watch still takes for noise of its baseline."""
+    watch_requests: int = Field(400, ge=1)
+    """Requests after which a watch ends, decided or not: a version whose mean is below by then goes back too."""
 
 
 class DriftConfig(_Section):

@@ -71,6 +71,13 @@ class UnknownModel(RequestRefused):
     code = "model_not_found"
 
 
+class VersionQuarantined(RequestRefused):
+    """A draft version that live traffic refused, or that was learned from one, was to be promoted."""
+
+    status = 409
+    code = "version_quarantined"
+
+
 class Overloaded(RequestRefused):
     """The queue is full or the daemon is draining; the client should retry."""
 

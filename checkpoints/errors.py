@@ -4,6 +4,7 @@
     |- IncompatibleCheckpoint    an intact checkpoint, but not one for this draft
     |- CorruptCheckpoint         the bytes, the manifest or the values are damaged
     |- CheckpointNotFound        the version does not exist, or there is nothing to roll back to
+    |- Superseded                another version serves than the one that a new one was learned from
     `- StoreUnavailable          the folder cannot be read or written, or another writer holds its lock
 
 A refusal carries `reason`, one slug of `Reason`, for the counter of refused swaps; the message names the value, the
@@ -25,6 +26,7 @@ Reason = Literal[
     "sha256",  # the bytes are not those that were published (truncated, overwritten)
     "manifest",  # manifest.json is absent, unreadable or contradicts the tensors
     "current",  # CURRENT names no complete version
+    "quarantine",  # quarantine.json is unreadable
 ]
 
 
@@ -54,6 +56,10 @@ class CorruptCheckpoint(_Refusal):
 
 class CheckpointNotFound(CheckpointError):
     """The store holds no such version, or nothing earlier to roll back to."""
+
+
+class Superseded(CheckpointError):
+    """Another version serves than the one that the new one was learned from: its writer has to follow first."""
 
 
 class StoreUnavailable(CheckpointError):

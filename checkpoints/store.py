@@ -24,14 +24,14 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints import atomic
-from checkpoints.errors import CheckpointNotFound, CorruptCheckpoint, StoreUnavailable
+from checkpoints.errors import CheckpointNotFound, CorruptCheckpoint, StoreUnavailable, Superseded
 from checkpoints.manifest import Manifest, Status, plain
 
 if TYPE_CHECKING:
@@ -166,12 +166,15 @@ class CheckpointStore:
         window: Mapping[str, Any],
         config: Mapping[str, Any],
         note: str = "",
+        over: int | None = None,
     ) -> Manifest:
         """Make `tensors` (any device; copied first) the next version, child of CURRENT, and let CURRENT name it.
 
-        The mappings are kept as plain JSON: see `checkpoints.manifest.plain`.
+        The mappings are kept as plain JSON: see `checkpoints.manifest.plain`. `over`: the version that CURRENT must still
+        name, 0 for none: what was learned from one version must not become the child of another.
 
         Raises:
+            Superseded: CURRENT names another version than `over`; nothing was written.
             CorruptCheckpoint: (`not_finite`) a tensor holds NaN or infinity; nothing was written.
             ValueError: there are no tensors, or a mapping holds something that has no JSON form; nothing was written.
             StoreUnavailable: the folder cannot be written or the lock was not free in time; CURRENT is unchanged.
@@ -195,7 +198,12 @@ class CheckpointStore:
             note=note,
         )
         with self._writing():
-            return self._commit(replace(described, parent=self.current()), tensors)
+            current = self.current()
+            if over is not None and over != (current or 0):
+                raise Superseded(
+                    f"version {current or 0} serves, not {over}, on which these tensors rest: learn from it"
+                )
+            return self._commit(replace(described, parent=current), tensors)
 
     def promote(self, version: int) -> Manifest:
         """Publish an earlier version's tensors, verified, as a child of CURRENT; CURRENT itself stays as it is.
@@ -210,35 +218,37 @@ class CheckpointStore:
                 return manifest
             return self._republish(manifest, tensors, parent=current, status="promoted")
 
-    def rollback(self) -> Manifest:
-        """Publish the tensors of CURRENT's parent, verified, as a new version.
+    def rollback(self, to: int | None = None, note: str = "") -> Manifest:
+        """Publish the tensors of CURRENT's parent, or those of version `to` (0: day 0), verified, as a new version.
 
         The parent of the new version is that of the restored one, so repeated rollbacks walk back to day 0: the base
-        draft, published as a version without tensors (`Manifest.is_reset`).
+        draft, published as a version without tensors (`Manifest.is_reset`). `note` says why, for the manifest.
 
         Raises:
-            CheckpointNotFound: nothing was published yet, or CURRENT already is the base draft.
-            CorruptCheckpoint: the parent is damaged; CURRENT is unchanged.
+            CheckpointNotFound: nothing was published yet, CURRENT already is the base draft, or there is no version `to`.
+            CorruptCheckpoint: the version to restore is damaged; CURRENT is unchanged.
         """
         with self._writing():
             current = self.current()
             if current is None:
                 raise CheckpointNotFound(f"{self.root} holds no version yet, so there is nothing to roll back")
             serving = self.manifest(current)
-            if serving.parent is not None:
-                manifest, tensors = self.load(serving.parent)
-                return self._republish(manifest, tensors, parent=manifest.parent, status="rolled_back")
+            wanted = serving.parent if to is None else to
+            if wanted == current:
+                return serving
+            if wanted:
+                manifest, tensors = self.load(wanted)
+                return self._republish(manifest, tensors, parent=manifest.parent, status="rolled_back", note=note)
             if serving.is_reset:
                 raise CheckpointNotFound(
                     f"version {current} already is the base draft, so there is nothing to roll back to"
                 )
-            empty = replace(
-                serving, gate={}, window={}, status="rolled_back", note="the base draft, as on day 0", restored=0
-            )
+            about = _noted("the base draft, as on day 0", note)
+            empty = replace(serving, parent=None, gate={}, window={}, status="rolled_back", note=about, restored=0)
             return self._commit(empty, {})
 
-    def prune(self, keep: int) -> list[int]:
-        """Remove all but the newest `keep` versions; gives the removed. CURRENT's parent always stays too.
+    def prune(self, keep: int, also: Collection[int] = ()) -> list[int]:
+        """Remove all but the newest `keep` versions and those of `also`; gives the removed. CURRENT's parent stays too.
 
         Raises:
             ValueError: `keep` is below 1.
@@ -250,7 +260,7 @@ class CheckpointStore:
             if current is None:
                 return []
             numbers = self.numbers()
-            needed = {current, self.manifest(current).parent, *numbers[-keep:]}
+            needed = {current, self.manifest(current).parent, *numbers[-keep:], *also}
             removed = [number for number in numbers if number not in needed]
             for number in removed:
                 # Renamed first: a removal that is interrupted leaves a temporary folder, never half a version.
@@ -267,11 +277,17 @@ class CheckpointStore:
             return self._clear_leftovers()
 
     def _republish(
-        self, manifest: Manifest, tensors: Mapping[str, Tensor], *, parent: int | None, status: Status
+        self,
+        manifest: Manifest,
+        tensors: Mapping[str, Tensor],
+        *,
+        parent: int | None,
+        status: Status,
+        note: str = "",
     ) -> Manifest:
         origin = manifest.version if manifest.restored is None else manifest.restored
-        note = f"the tensors of version {origin}" if origin else "the base draft, as on day 0"
-        return self._commit(replace(manifest, parent=parent, status=status, note=note, restored=origin), tensors)
+        about = _noted(f"the tensors of version {origin}" if origin else "the base draft, as on day 0", note)
+        return self._commit(replace(manifest, parent=parent, status=status, note=about, restored=origin), tensors)
 
     def _commit(self, described: Manifest, tensors: Mapping[str, Tensor]) -> Manifest:
         """Write everything to a temporary folder, make it durable, rename it, and last replace CURRENT."""
@@ -340,6 +356,10 @@ class CheckpointStore:
             raise StoreUnavailable(
                 f"{exc.filename or self.root}: {exc.strerror or exc}; check that it is writable and the disk has room"
             ) from exc
+
+
+def _noted(what: str, why: str) -> str:
+    return f"{what}; {why}" if why else what
 
 
 def _name(version: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,14 +47,17 @@ class LearnerActor:
             self._cycle.follow_target(self._new_target)
             self._new_target = None
 
-    def tick(self, drifted: bool, since_last_s: float) -> dict[str, Any] | None:
-        """Learn if a trigger is due; the report of the tick, or None. Raises nothing for an unreachable buffer."""
+    def tick(self, drifted: bool, since_last_s: float, also: Sequence[int] = ()) -> dict[str, Any] | None:
+        """Learn if a trigger is due; the report of the tick, or None. Raises nothing for an unreachable buffer.
+
+        `also`: versions that are not pruned, because they may have to come back.
+        """
         if drifted:
             self._cycle.drifted()
         try:
             self._age_out()
             reason = self._trigger.due(self._cycle.new_traces(), since_last_s, drifted)
-            return dataclasses.asdict(self._cycle.tick(reason, self._keep)) if reason else None
+            return dataclasses.asdict(self._cycle.tick(reason, self._keep, also)) if reason else None
         except TableUnavailable:
             return None
 
@@ -61,9 +65,13 @@ class LearnerActor:
         """Publish the parent's tensors as a new version; waits for a running tick."""
         return dataclasses.asdict(self._cycle.rollback(reason))
 
-    def promote(self, version: int) -> dict[str, Any]:
-        """Publish an earlier version again; waits for a running tick."""
-        return dataclasses.asdict(self._cycle.promote(version))
+    def promote(self, version: int, force: bool = False) -> dict[str, Any]:
+        """Publish an earlier version again, also a quarantined one if `force`; waits for a running tick."""
+        return dataclasses.asdict(self._cycle.promote(version, force=force))
+
+    def follow(self, reason: str) -> bool:
+        """Go on learning from what serves; waits for a running tick, which cannot publish over it."""
+        return self._cycle.follow(reason)
 
     @ray.method(concurrency_group="control")
     def status(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -21,14 +21,15 @@ import buffers.embedded
 from adaptd import __version__, events
 from adaptd.app.cluster import Cluster
 from adaptd.app.state import StateDir
+from adaptd.app.watching import Watching
 from adaptd.config import Config
 from adaptd.errors import RequestRefused
+from adaptd.learning.quarantine import refusals
 from adaptd.log import logger
 from adaptd.report.monitor import Finished, Monitor
 from buffers.errors import TableUnavailable
 from buffers.open import open_table
 from checkpoints.store import CheckpointStore
-from policies.gate import LiveWatch
 
 _log = logger(__name__)
 #: Seconds between two looks at the actors for /metrics, which must answer without asking them.
@@ -55,9 +56,14 @@ class Adaptation:
         self._learner_seen: dict[str, Any] | None = None
         self._drifted = False
         self._last_tick = time.monotonic()
-        self._watch: tuple[int, LiveWatch] | None = None
-        self._baselines: dict[str, float] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self.watching = Watching(
+            config.gate,
+            self.store,
+            config.home / "watch.json",
+            windows=lambda: self.monitor.windows(),
+            remember=self._remember,
+            went_back=self._learner_follows,
+        )
         self._closing: list[Any] = []
 
     async def _open(self) -> None:
@@ -65,6 +71,7 @@ class Adaptation:
         self._state = StateDir(self.config.home)
         self._closing.append(self._state.close)
         self.store.recover()
+        self.watching.resume()
         if self.config.buffer.url == "embedded":
             self._redis = await asyncio.to_thread(buffers.embedded.start_embedded, self.config.home / "redis")
             self.buffer_url = self._redis.url
@@ -141,6 +148,7 @@ class Adaptation:
             "acceptance": self.monitor.status(),
             "buffer": buffer,
             "learner": await self._learner_status(),
+            "watch": self.watching.status(),
             "events": self.events[-32:],
         }
 
@@ -155,7 +163,8 @@ class Adaptation:
     async def _tick(self) -> None:
         drifted, self._drifted = self._drifted, False
         try:
-            report = await self._the_learner().tick.remote(drifted, time.monotonic() - self._last_tick)
+            since = time.monotonic() - self._last_tick
+            report = await self._the_learner().tick.remote(drifted, since, self.watching.before)
         except RayError as error:
             _log.error(events.LEARNER_LOST, error=type(error).__name__)
             return
@@ -168,41 +177,23 @@ class Adaptation:
         verdict = report["verdict"]
         if report["published"]:
             self._remember("promoted", version=report["published"], gain=verdict["gain"])
-            self._arm_watch(report["published"])
+            self.watching.promoted(report["published"], self.config.engine.k)
         elif verdict:
             self._remember("rejected", reason=verdict["reason"], gain=verdict["gain"])
 
-    def _arm_watch(self, version: int) -> None:
-        """Each domain is watched against its own acceptance before the promotion: the mix of domains may move."""
-        before = {name: row["now"]["token_acceptance"] for name, row in self.monitor.status()["domains"].items()}
-        self._baselines = {name: share for name, share in before.items() if share is not None}
-        overall = self.monitor.now()["token_acceptance"]
-        if self.config.gate.watch and overall is not None:
-            self._watch = (version, LiveWatch(overall, max_drop=self.config.gate.max_drop))
-
     def observe(self, item: Finished) -> None:
-        """Count a finished request; feed drift detection and the watch over a promotion."""
+        """Count a finished request; feed drift detection and the watch over promotions."""
         for event in self.monitor.observe(item):
             self._drifted = True
             about = {"domain": event.domain, "direction": event.direction, "before": event.before, "after": event.after}
             self._remember("drift", **about)
             _log.warning(events.DRIFT_DETECTED, **about)
-        if self._watch is None or not item.proposed or item.draft_version < self._watch[0]:
-            return
-        version, watch = self._watch
-        if item.domain not in self._baselines:
-            return
-        outcome = watch.update(item.accepted / item.proposed, self._baselines[item.domain])
-        if outcome != "watching":
-            self._watch = None
-        if outcome == "worse" and self.store.current() == version:
-            self._spawn(self.rollback("live acceptance fell after the promotion"))
+        self.watching.observe(item)
 
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Run `work` beside the request that caused it; the reference keeps it from being collected half-way."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _learner_follows(self, reason: str) -> None:
+        """Tell the learner that another version serves. One that is down or restarting sees it when it starts."""
+        if self.learner is not None:
+            self.learner.follow.remote(reason)
 
     def _remember(self, kind: str, **fields: Any) -> None:
         self.events = [*self.events[-255:], {"at": time.time(), "kind": kind, **fields}]
@@ -217,13 +208,17 @@ class Adaptation:
     async def rollback(self, reason: str) -> dict[str, Any]:
         """Publish the parent of the live version as a new version."""
         manifest: dict[str, Any] = await _cause(self._the_learner().rollback.remote(reason))
+        self.watching.forget()
         self._remember("rollback", version=manifest["version"], reason=reason)
         return manifest
 
-    async def promote(self, version: int) -> dict[str, Any]:
-        """Publish an earlier version again."""
-        manifest: dict[str, Any] = await _cause(self._the_learner().promote.remote(version))
-        self._remember("promoted by hand", version=manifest["version"])
+    async def promote(self, version: int, force: bool = False) -> dict[str, Any]:
+        """Publish an earlier version again, and watch it; a quarantined one only if `force`, which lifts that."""
+        live = self.store.current()
+        manifest: dict[str, Any] = await _cause(self._the_learner().promote.remote(version, force))
+        if manifest["version"] != live:
+            self._remember("promoted by hand", version=manifest["version"])
+            self.watching.promoted(manifest["version"], self.config.engine.k)
         return manifest
 
     async def buffer_status(self) -> dict[str, Any]:
@@ -235,8 +230,12 @@ class Adaptation:
         return {"available": True, "max_bytes": self.config.buffer.max_bytes, **dataclasses.asdict(info)}
 
     def versions(self) -> list[dict[str, Any]]:
-        """Published versions, oldest first."""
-        return [dataclasses.asdict(manifest) for manifest in self.store.versions()]
+        """Published versions, oldest first; `quarantine` says why one may not be promoted, if so."""
+        refused = refusals(self.store)
+        return [
+            {**dataclasses.asdict(manifest), "quarantine": refused.get(manifest.version)}
+            for manifest in self.store.versions()
+        ]
 
     async def _take_down(self) -> None:
         """Stop ticking, then close everything that was opened, last first; safe after a failed start."""

@@ -88,6 +88,7 @@ def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
         for stratum, size in buffer["sizes"].items():  # type: ignore[attr-defined]
             family.add_metric([stratum], size)
         yield family
+    yield from _watch(status["watch"])  # type: ignore[arg-type]
     if "proxy" in status:
         yield from _proxy(status["proxy"], status["upstream"])  # type: ignore[arg-type]
         yield from publisher_metrics(status["publisher"])  # type: ignore[arg-type]
@@ -101,6 +102,14 @@ def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
             ("restarts", "Restarts of the learner from a published version."),
         ):
             yield _counter(f"adaptd_learner_{key}_total", text, learner[key])
+
+
+def _watch(watch: dict[str, Any]) -> Iterator[Metric]:
+    """Of the watch over promotions."""
+    yield _counter("adaptd_versions_confirmed_total", "Versions that live acceptance confirmed.", watch["confirmed"])
+    yield _counter("adaptd_rollbacks_total", "Times that live acceptance took versions back.", watch["rolled_back"])
+    yield _gauge("adaptd_versions_watched", "Promoted versions that are not confirmed yet.", len(watch["watching"]))
+    yield _gauge("adaptd_versions_quarantined", "Versions that may not be promoted.", len(watch["quarantined"]))
 
 
 def _proxy(proxy: dict[str, Any], upstream: dict[str, Any]) -> Iterator[Metric]:

@@ -39,9 +39,9 @@ class OperationsService:
         """Published versions."""
         return self._daemon.versions()
 
-    async def promote(self, version: int) -> Mapping[str, Any]:
+    async def promote(self, version: int, force: bool) -> Mapping[str, Any]:
         """Publish an earlier version again."""
-        return await self._daemon.promote(version)
+        return await self._daemon.promote(version, force)
 
     async def rollback(self) -> Mapping[str, Any]:
         """Publish the parent of the live version."""

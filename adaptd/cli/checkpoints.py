@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,36 +27,48 @@ def _store(config: Config) -> CheckpointStore:
 def list_versions(config: ConfigFile = None, sets: Sets = None, as_json: JsonFlag = False) -> None:
     """All versions, newest last; the live one is marked."""
     store = _store(load_config(config, sets))
-    versions = store.versions()
+    from adaptd.learning.quarantine import refusals
+
+    versions, refused = store.versions(), refusals(store)
     if as_json:
-        print_json({"current": store.current(), "versions": [dataclasses.asdict(m) for m in versions]})
+        rows = [{**dataclasses.asdict(m), "quarantine": refused.get(m.version)} for m in versions]
+        print_json({"current": store.current(), "versions": rows})
         return
     from adaptd.report.tables import show, versions_table
 
-    show(versions_table(versions, store.current()))
+    show(versions_table(versions, store.current(), refused))
 
 
 @app.command("show")
 def show_version(version: int, config: ConfigFile = None, sets: Sets = None, as_json: JsonFlag = False) -> None:
     """One version: lineage, gate report, data window, tensors."""
+    from adaptd.learning.quarantine import refusals
     from checkpoints.errors import CheckpointError
 
+    store = _store(load_config(config, sets))
     try:
-        manifest = _store(load_config(config, sets)).manifest(version)
+        manifest, refused = store.manifest(version), refusals(store).get(version)
     except CheckpointError as error:
         raise AdaptdError(str(error)) from error
     if as_json:
-        print_json(dataclasses.asdict(manifest))
+        print_json({**dataclasses.asdict(manifest), "quarantine": refused})
         return
     from adaptd.report.tables import show, version_table
 
-    show(version_table(manifest))
+    show(version_table(manifest, refused))
 
 
 @app.command()
-def promote(version: int, config: ConfigFile = None, sets: Sets = None) -> None:
+def promote(
+    version: int,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also one that live traffic refused; lifts its quarantine.")
+    ] = False,
+) -> None:
     """Publish an earlier version's tensors as a new version."""
-    _republish(load_config(config, sets), "promote", {"version": version})
+    _republish(load_config(config, sets), "promote", {"version": version, "force": force})
 
 
 @app.command()
@@ -68,6 +80,7 @@ def rollback(config: ConfigFile = None, sets: Sets = None) -> None:
 def _republish(config: Config, action: str, body: dict[str, Any]) -> None:
     """Ask the daemon, so that its learner follows; without one, write to the store."""
     from adaptd.app.state import find_daemon
+    from adaptd.learning import quarantine
     from checkpoints.errors import CheckpointError
 
     try:
@@ -75,7 +88,10 @@ def _republish(config: Config, action: str, body: dict[str, Any]) -> None:
     except DaemonUnavailable:
         store = _store(config)
         try:
-            manifest = store.promote(body["version"]) if action == "promote" else store.rollback()
+            if action == "promote":
+                manifest = quarantine.promote(store, body["version"], force=body["force"])
+            else:
+                manifest = quarantine.roll_back(store)
         except CheckpointError as error:
             raise AdaptdError(str(error)) from error
         typer.echo(f"version {manifest.version} is live; it has the tensors of version {manifest.restored}")

@@ -1,14 +1,15 @@
 """One tick of adaptation: sample traces, take steps, ask the gate, publish.
 
 Invariants: reserved traces are read by the gate and by nothing else; the store is written only after a verdict to
-promote; after any failure the learner stands at a published version or at day 0.
+promote, and only on top of the version that the learner stands at; after any failure it stands at a published version or
+at day 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from adaptd import events
 from adaptd.config import GateConfig, LearnConfig
+from adaptd.learning import quarantine
 from adaptd.learning.evaluate import Rule
 from adaptd.learning.jury import Jury, Ruling
 from adaptd.learning.learner import DraftLearner
 from adaptd.log import logger
 from buffers.table import NO_KEY, ReplaySample, ReplayTable
+from checkpoints.errors import Superseded
 from checkpoints.manifest import Manifest
 from checkpoints.store import CheckpointStore
 from policies.selection import Mixture, Prioritized, Uniform, importance_weights
@@ -38,6 +41,9 @@ HOLD_UP, HOLD_DOWN, HOLD_MAX = 1.5, 0.9, 6.0
 #: Gain below which a refused candidate says that there is nothing to learn at present: the next tick takes half as many
 #: steps, down to `LEAST_EFFORT` of them, until a candidate is promoted again, a domain loses or traffic drifts.
 IDLE_GAIN, LEAST_EFFORT = 0.002, 0.25
+
+#: In the saved state: the version on which it rests.
+_STOOD_AT = "stood_at"
 
 #: Steps whose loss was not finite, in a row, after which learning goes back to the last published version.
 MAX_SKIPPED = 3
@@ -116,22 +122,27 @@ class LearnerCycle:
         self._start()
 
     def _start(self) -> None:
-        """Stand at the published version, with the saved optimiser if it fits."""
-        if self._store.current() is None:
-            self._stand_at({})
-        else:
-            self._follow_store()
-        if self._state_file.is_file():
-            try:
-                self._learner.load_state(load_file(self._state_file))
-            except (ValueError, OSError) as error:
-                _log.warning(
-                    events.LEARNER_RESTARTED, reason=f"saved state refused: {error}", version=self._store.current()
-                )
+        """Stand at the published version, with the saved optimiser if it fits and was learned from that version."""
+        self._follow_store()
+        if not self._state_file.is_file():
+            return
+        try:
+            saved = load_file(self._state_file)
+            stood_at = int(saved.pop(_STOOD_AT, torch.tensor(self._version)))
+            if stood_at != self._version:  # what was learned meanwhile rests on a version that no longer serves
+                raise ValueError(f"it rests on version {stood_at}")
+            self._learner.load_state(saved)
+        except (ValueError, OSError) as error:
+            _log.warning(events.LEARNER_RESTARTED, reason=f"saved state refused: {error}", version=self._version)
 
     def _follow_store(self) -> None:
-        manifest, tensors = self._store.load(self._store.current() or 0)
-        self._stand_at(tensors, manifest.gate.get("on_base", ()))
+        self._version = self._store.current() or 0
+        if self._version:
+            manifest, tensors = self._store.load(self._version)
+            self._stand_at(tensors, manifest.gate.get("on_base", ()))
+        else:
+            tensors = {}
+            self._stand_at({})
         self._learner.restart(tensors)
 
     def _stand_at(self, tensors: Mapping[str, Tensor], on_base: Iterable[str] = ()) -> None:
@@ -162,10 +173,14 @@ class LearnerCycle:
             _log.info(events.TRACES_AGED_OUT, target_id=target_id, traces=removed)
         return removed
 
-    def tick(self, reason: str, keep: int = 20) -> TickReport:
-        """Learn, judge, perhaps publish; at most `keep` versions stay. Never raises for bad data or a refused candidate."""
+    def tick(self, reason: str, keep: int = 20, also: Collection[int] = ()) -> TickReport:
+        """Learn, judge, perhaps publish; at most `keep` versions stay, and `also` those.
+
+        Never raises for bad data or a refused candidate.
+        """
         report = TickReport(reason=reason, at=self._clock())
         started = time.perf_counter()
+        self.follow("another version serves")
         self._seen_total = self._table.info().inserted_total
         pools = self._pools()
         if pools is None:
@@ -179,7 +194,7 @@ class LearnerCycle:
             report.loss = float(np.mean(losses))
             self._decide(report)
         self._save()
-        self._store.prune(keep)
+        self._store.prune(keep, also)
         report.seconds = time.perf_counter() - started
         self._count(report)
         return report
@@ -268,7 +283,12 @@ class LearnerCycle:
         idle = not verdict.promote and not verdict.losers and verdict.gain.mean < IDLE_GAIN
         self._effort = max(LEAST_EFFORT, self._effort / 2) if idle else 1.0
         if verdict.promote:
-            report.published = self._publish(candidate, ruling, report.verdict).version
+            try:
+                report.published = self._publish(candidate, ruling, report.verdict).version
+            except Superseded as error:
+                report.verdict |= {"promote": False, "reason": str(error)}
+                self.follow(str(error))
+                return
             self._refusals = 0
             self.totals["promoted"] += 1
         else:
@@ -293,7 +313,9 @@ class LearnerCycle:
             gate=report,
             window={"oldest": min(created), "newest": max(created), "learner_steps": self._learner.steps},
             config=self._identity.config,
+            over=self._version,
         )
+        self._version = manifest.version
         self._jury.accept(tensors, ruling)
         self._refer_to(tensors)
         _log.info(events.CANDIDATE_PROMOTED, version=manifest.version, gain=ruling.verdict.gain.as_dict())
@@ -301,21 +323,39 @@ class LearnerCycle:
 
     def rollback(self, reason: str) -> Manifest:
         """Publish the parent's tensors as a new version and go on learning from there."""
-        manifest = self._store.rollback()
-        self._follow_store()
+        manifest = quarantine.roll_back(self._store)
         _log.warning(events.DRAFT_ROLLED_BACK, version=manifest.version, reason=reason)
+        self.follow(reason)
         return manifest
 
-    def promote(self, version: int) -> Manifest:
-        """Publish an earlier version's tensors as a new version and go on learning from there."""
-        manifest = self._store.promote(version)
-        self._follow_store()
+    def promote(self, version: int, *, force: bool = False) -> Manifest:
+        """Publish an earlier version's tensors as a new version and go on learning from there.
+
+        Raises:
+          VersionQuarantined: live traffic refused it, and not `force`.
+        """
+        manifest = quarantine.promote(self._store, version, force=force)
+        self.follow("promoted by hand")
         return manifest
+
+    def follow(self, reason: str) -> bool:
+        """Somebody else published: go on learning from what serves, with nothing of what was learned meanwhile.
+
+        Returns whether the learner stood elsewhere.
+        """
+        if (self._store.current() or 0) == self._version:
+            return False
+        self._follow_store()
+        self._refusals, self._effort = 0, 1.0
+        self.totals["restarts"] += 1
+        self._save()
+        _log.warning(events.LEARNER_RESTARTED, reason=reason, version=self._version)
+        return True
 
     def _save(self) -> None:
         self._state_file.parent.mkdir(parents=True, exist_ok=True)
         partial = self._state_file.with_suffix(".tmp")
-        save_file(self._learner.state(), partial)
+        save_file(self._learner.state() | {_STOOD_AT: torch.tensor(self._version)}, partial)
         partial.replace(self._state_file)
 
     def status(self) -> dict[str, Any]:

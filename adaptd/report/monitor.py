@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.drift import DriftDetector, DriftEvent
+from policies.watch import Window, window
 
 FloatArray = NDArray[np.float64]
 
@@ -133,6 +134,15 @@ class Monitor:
         """Summary of the last hundred requests of a domain, or of all domains together."""
         names = [domain] if domain is not None else list(self._recent)
         return self._summary(s for name in names for s in list(self._recent.get(name, ()))[-_NOW:])
+
+    def windows(self) -> dict[str, Window]:
+        """Acceptance share per request over the last hundred requests of each domain that has enough of them."""
+        found: dict[str, Window] = {}
+        for name, items in self._recent.items():
+            shares = [min(1.0, float(s[4] / s[3])) for s in list(items)[-_NOW:] if s[3]]
+            if (known := window(shares)) is not None:
+                found[name] = known
+        return found
 
     def sparkline(self, domain: str) -> list[float]:
         """MAL over the domain's recent requests, oldest first, in at most 32 chunks."""

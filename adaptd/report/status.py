@@ -103,6 +103,29 @@ def _swap_row(decoders: list[dict[str, Any]]) -> str:
     return f"{swaps} swaps, {refusals} refused, longest pause {pause * 1e3:.1f} ms"
 
 
+def _watch_row(watch: dict[str, Any]) -> str:
+    if not watch["on"]:
+        return "off (gate.watch is false)"
+    parts = []
+    if watch["watching"]:
+        seen = f"{watch['requests']} of {watch['max_requests']} requests"
+        figures = f", {percent(watch['accepted'])} accepted, {percent(watch['expected'])} expected"
+        before = f"version {watch['before']}" if watch["before"] else "day 0"
+        parts.append(
+            f"version {', '.join(map(str, watch['watching']))} against {before}: {seen}{figures if watch['requests'] else ''}"
+        )
+    else:
+        parts.append("nothing unconfirmed")
+    if watch["promise"] != "none":
+        parts.append(f"the gate's promise of {watch['promised_gain']:+.1%} is {watch['promise']}")
+    parts.append(f"confirmed {watch['confirmed']}, rolled back {watch['rolled_back']}")
+    if watch["quarantined"]:
+        parts.append(f"[red]quarantined[/]: {', '.join(watch['quarantined'])}")
+    if watch["quarantine_error"]:
+        parts.append(f"[red]{watch['quarantine_error']}[/]")
+    return "; ".join(parts)
+
+
 def _server_row(upstream: dict[str, Any]) -> str:
     if not upstream["up"]:
         return f"[red]down[/]: {upstream['error']} (adaptd looks again)"
@@ -181,6 +204,7 @@ def render(status: dict[str, Any]) -> RenderableType:
         "traces": _writer_row(status["decoders"]),
         **({} if upstream else {"recall": _recall_row(status["decoders"])}),
         "learner": _learner_row(status["learner"]),
+        "watch": _watch_row(status["watch"]),
         **({"publisher": _publisher_row(status["publisher"])} if upstream else {}),
         "swaps": _swap_row(status["decoders"]),
     }

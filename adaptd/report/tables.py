@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -74,20 +74,22 @@ def doctor_table(checks: Sequence[Any]) -> Table:
     return table
 
 
-def versions_table(versions: Sequence[Manifest], current: int | None) -> Table:
-    """`adaptd checkpoints list`."""
+def versions_table(versions: Sequence[Manifest], current: int | None, refused: Mapping[int, str]) -> Table:
+    """`adaptd checkpoints list`; `refused`: why a version is quarantined."""
     table = Table(title="draft versions")
     for column in ("version", "parent", "age", "scope", "gate: gain", "note"):
         table.add_column(column)
     for m in versions:
         mark = " *" if m.version == current else ""
         age = f"{(time.time() - m.created_at) / 60:.0f} min"
-        table.add_row(f"{m.version}{mark}", str(m.parent or "-"), age, m.scope, gain(dict(m.gate or {})), m.note)
+        note = f"[red]quarantined[/] (show {m.version} says why)" if m.version in refused else ""
+        about = "; ".join(filter(None, (note, m.note)))
+        table.add_row(f"{m.version}{mark}", str(m.parent or "-"), age, m.scope, gain(dict(m.gate or {})), about)
     return table
 
 
-def version_table(m: Manifest) -> Table:
-    """`adaptd checkpoints show`."""
+def version_table(m: Manifest, refused: str | None = None) -> Table:
+    """`adaptd checkpoints show`; `refused`: why it is quarantined."""
     table = Table(title=f"draft version {m.version}", show_header=False)
     table.add_column("key")
     table.add_column("value")
@@ -102,6 +104,7 @@ def version_table(m: Manifest) -> Table:
         "verdict": (m.gate or {}).get("reason", "-"),
         "on base": on_base(dict(m.gate or {})) or "-",
         "window": m.window,
+        "quarantine": refused or "-",
         "note": m.note or "-",
     }
     for key, value in rows.items():

@@ -43,6 +43,8 @@ class PromoteRequest(BaseModel):
     """Body of POST /adaptd/checkpoints/promote."""
 
     version: int = Field(ge=1)
+    force: bool = False
+    """Lift the quarantine of a version that live traffic refused."""
 
 
 def router(service: Operations, *, admin_token: str | None, admin_remote: bool) -> APIRouter:
@@ -119,7 +121,7 @@ def _checkpoints(routes: APIRouter, service: Operations, token: str | None, remo
 
     @routes.post("/adaptd/checkpoints/promote", dependencies=guarded)
     async def promote(body: PromoteRequest) -> Response:
-        return JSONResponse(dict(await service.promote(body.version)))
+        return JSONResponse(dict(await service.promote(body.version, body.force)))
 
     @routes.post("/adaptd/checkpoints/rollback", dependencies=guarded)
     async def rollback() -> Response:

@@ -120,11 +120,13 @@ class Operations(Protocol):
         """Published versions, oldest first, as plain JSON."""
         ...
 
-    async def promote(self, version: int) -> Mapping[str, Any]:
+    async def promote(self, version: int, force: bool) -> Mapping[str, Any]:
         """Publish an earlier version's tensors as a new version; gives that version as plain JSON.
 
+        `force` lifts a quarantine first.
+
         Raises:
-            CheckpointError: it does not exist or is damaged.
+            CheckpointError: it does not exist or is damaged. VersionQuarantined: live traffic refused it.
         """
         ...
 

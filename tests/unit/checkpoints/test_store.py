@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from checkpoints import atomic
-from checkpoints.errors import CheckpointNotFound, CorruptCheckpoint, StoreUnavailable
+from checkpoints.errors import CheckpointNotFound, CorruptCheckpoint, StoreUnavailable, Superseded
 from checkpoints.store import CheckpointStore
 
 Publish = Callable[..., Any]
@@ -260,3 +260,40 @@ def test_a_folder_that_cannot_be_written_is_refused_by_name(
 def test_another_user_may_read_a_published_version(store: CheckpointStore, publish: Publish) -> None:
     publish(1)
     assert stat.S_IMODE((store.root / "v000001").stat().st_mode) == 0o755
+
+
+def test_rolling_back_to_a_version_skips_those_in_between_and_says_why(
+    store: CheckpointStore, publish: Publish, state: Callable[[int], Any], same: Callable[..., bool]
+) -> None:
+    for seed in (1, 2, 3):
+        publish(seed)
+    back = store.rollback(1, "acceptance fell")
+    assert (back.version, back.restored, back.parent, back.status) == (4, 1, None, "rolled_back")
+    assert back.note == "the tensors of version 1; acceptance fell"
+    assert same(store.load(4)[1], state(1))
+    assert store.rollback(4).version == 4, "it serves already"
+    base = store.rollback(0, "so did that")
+    assert (base.is_reset, base.parent, base.note) == (True, None, "the base draft, as on day 0; so did that")
+    with pytest.raises(CheckpointNotFound):
+        store.rollback(9)
+    assert store.current() == 5
+
+
+def test_what_was_learned_from_one_version_does_not_become_the_child_of_another(
+    store: CheckpointStore, publish: Publish
+) -> None:
+    """A learner that is in the middle of a tick when its version is rolled back."""
+    publish(1, over=0)
+    publish(2, over=1)
+    store.rollback()
+    with pytest.raises(Superseded, match="version 3 serves, not 2"):
+        publish(4, over=2)
+    assert store.current() == 3
+    assert publish(4, over=3).parent == 3
+
+
+def test_a_version_that_may_have_to_come_back_is_not_pruned(store: CheckpointStore, publish: Publish) -> None:
+    for seed in range(6):
+        publish(seed)
+    assert store.prune(1, also=(2, 77)) == [1, 3, 4]
+    assert store.numbers() == [2, 5, 6]

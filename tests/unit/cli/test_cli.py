@@ -106,3 +106,31 @@ def test_what_cannot_be_exported_is_said_plainly(tmp_path: Path, args: list[str]
     assert message in " ".join(found.stderr.split())
     assert "Traceback" not in found.stderr
     assert not out.exists()
+
+
+def test_a_version_that_live_traffic_refused_is_shown_and_promoted_by_force_alone(tmp_path: Path) -> None:
+    import torch
+
+    from adaptd.learning.quarantine import take_back
+    from checkpoints.store import CheckpointStore
+
+    store = CheckpointStore(tmp_path / "default" / "checkpoints")
+    for value in (1.0, 2.0):
+        about: dict[str, dict[str, str]] = {"gate": {}, "window": {}, "config": {}, "scope_config": {}}
+        store.publish({"w": torch.tensor([value])}, base_id="b", tokenizer_hash="t", scope="lora", **about)
+    take_back(store, 1, [2], "acceptance fell")
+    listed = json.loads(run(tmp_path, "checkpoints", "list", "--json").stdout)["versions"]
+    assert [bool(row["quarantine"]) for row in listed] == [False, True, False]
+    assert "quarantined" in run(tmp_path, "checkpoints", "list").stdout
+    shown = json.loads(run(tmp_path, "checkpoints", "show", "2", "--json").stdout)
+    assert "acceptance fell" in shown["quarantine"]
+    refused = run(tmp_path, "checkpoints", "promote", "2")
+    assert refused.returncode == 1
+    assert "version 2 is quarantined" in refused.stderr
+    assert "--force" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert store.current() == 3
+    forced = run(tmp_path, "checkpoints", "promote", "2", "--force")
+    assert forced.returncode == 0, forced.stderr
+    assert "tensors of version 2" in forced.stdout
+    assert store.current() == 4

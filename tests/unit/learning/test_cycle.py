@@ -13,6 +13,7 @@ from adaptd.config import GateConfig, LearnConfig
 from adaptd.decoding.request import Finished
 from adaptd.learning.cycle import Identity, LearnerCycle
 from adaptd.learning.learner import DraftLearner, StepReport
+from adaptd.learning.quarantine import take_back
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
 from buffers.memory_table import MemoryTable
 from buffers.table import TableLimits
@@ -152,6 +153,58 @@ def test_rollback_publishes_the_parent_and_the_learner_follows(tmp_path: Path, t
     manifest = rig.cycle.rollback("test")
     assert rig.store.current() == manifest.version
     assert all(torch.equal(parent[n], t) for n, t in rig.draft.state().items())
+
+
+def test_the_saved_state_of_a_version_that_went_back_is_not_taken_up_again(tmp_path: Path, traces: list[Trace]) -> None:
+    """Rolled back without the learner (no daemon ran, or it was killed): weights and moments rest on refused tensors."""
+    rig = Rig(tmp_path)
+    rig.fill(traces)
+    while (rig.store.current() or 0) < 2:
+        rig.cycle.tick("traces")
+    parent = rig.store.manifest(rig.store.current() or 0).parent or 0
+    take_back(rig.store, parent, [rig.store.current() or 0], "test")
+    again = Rig(tmp_path)
+    _, tensors = rig.store.load(parent)
+    assert again.learner.steps == 0
+    assert all(torch.equal(tensors[n], t) for n, t in again.draft.state().items())
+    assert all(torch.equal(tensors[n], t) for n, t in again.learner.average().items())
+
+
+def test_a_tick_publishes_nothing_over_a_version_that_it_did_not_learn_from(
+    tmp_path: Path, traces: list[Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watch goes back while a tick runs: its candidate is a child of what was refused."""
+    rig = Rig(tmp_path)
+    rig.fill(traces)
+    while not rig.store.current():
+        rig.cycle.tick("traces")
+    ruling = rig.cycle._jury.judge
+
+    def meanwhile(candidate: Any) -> Any:
+        if rig.store.current() == 1:
+            take_back(rig.store, 0, [1], "test")
+        found = ruling(candidate)
+        return dataclasses.replace(found, verdict=dataclasses.replace(found.verdict, promote=True))
+
+    monkeypatch.setattr(rig.cycle._jury, "judge", meanwhile)
+    report = rig.cycle.tick("traces")
+    assert report.published is None
+    assert report.verdict is not None
+    assert "version 2 serves, not 1" in report.verdict["reason"]
+    assert rig.store.current() == 2
+    fresh = AdaptedDraft(tiny(7), ScopeConfig(width=32, lora_rank=4)).state()
+    assert all(torch.equal(t, fresh[n]) for n, t in rig.draft.state().items()), "it follows to day 0"
+    assert rig.cycle.tick("traces").published == 3, "and learns on from there"
+
+
+def test_following_is_nothing_where_the_learner_stands_there_already(tmp_path: Path, traces: list[Trace]) -> None:
+    rig = Rig(tmp_path)
+    rig.fill(traces)
+    rig.cycle.tick("traces")
+    steps = rig.learner.steps
+    assert not rig.cycle.follow("test")
+    assert rig.learner.steps == steps
+    assert rig.cycle.totals["restarts"] == 0
 
 
 def test_a_new_target_ages_out_what_the_old_one_judged_and_learning_begins_with_fresh_traces(

@@ -100,14 +100,14 @@ class FakeService:
     async def checkpoints_list(self) -> Sequence[Mapping[str, Any]]:
         return self.versions
 
-    async def promote(self, version: int) -> Mapping[str, Any]:
+    async def promote(self, version: int, force: bool) -> Mapping[str, Any]:
         if version > len(self.versions):
             raise CheckpointNotFound(f"version {version} is not in the store")
         self.versions.append({"version": len(self.versions) + 1, "restored": version})
         return self.versions[-1]
 
     async def rollback(self) -> Mapping[str, Any]:
-        return await self.promote(1)
+        return await self.promote(1, False)
 
 
 @pytest.fixture
