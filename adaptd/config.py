@@ -41,6 +41,8 @@ class EngineConfig(_Section):
     """`auto`: bfloat16 on CUDA, float32 on CPU."""
     threads: int = Field(1, ge=1)
     """CPU threads of one decoder."""
+    calibrate: bool = True
+    """Time the models' passes at start, at each new size of batch and every 10 minutes: about three rounds each."""
 
 
 class ModelConfig(_Section):

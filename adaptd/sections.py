@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
@@ -11,6 +11,9 @@ class Section(BaseModel):
     """Frozen; an unknown key is an error; the text under a field is its description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Rate = Annotated[float, Field(gt=0)]
 
 
 class UpstreamConfig(Section):
@@ -34,6 +37,8 @@ class UpstreamConfig(Section):
     """Share of requests that are captured; the acceptance of the others is counted, their tokens are not asked for."""
     draft_sampling: Literal["greedy", "probabilistic"] = "greedy"
     """The server's draft_sample_method: it decides what acceptance means, so learner and gate follow it."""
+    plain_tokens_per_s: Rate | Annotated[dict[int, Rate], Field(min_length=1)] | None = None
+    """Tokens a second of one request without speculation, or several by requests in flight (`{1: 40, 16: 22}`)."""
     temperature: float = Field(1.0, ge=0)
     """Temperature of requests that name none: the model's generation_config, else 1."""
     publish: bool | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,6 +15,8 @@ from adaptd.actors.threads import set_threads
 from adaptd.config import Config
 from adaptd.decoding.build import build_loop
 from adaptd.decoding.request import DecodeRequest, Delta
+from adaptd.decoding.timing import Calibration, measure
+from adaptd.errors import DecoderStopped
 from adaptd.models.load import weights_id
 from buffers.open import open_table
 from buffers.writer import TraceWriter
@@ -37,6 +40,7 @@ class DecoderActor:
         self._follower = StoreFollower(store, pair.draft, self._loop, pair.identity, name=f"decoder-{index}")
         self._poll_s = config.checkpoints.poll_s
         self._polling: asyncio.Task[None] | None = None
+        self._timing, self._calibration = config.engine.calibrate, Calibration()
 
     async def start(self) -> int:
         """Begin to follow the store; returns the draft version in use."""
@@ -47,8 +51,16 @@ class DecoderActor:
 
     async def _poll(self) -> None:
         while True:
+            await self._calibrate()
             await asyncio.sleep(self._poll_s)
             await asyncio.to_thread(self._follower.poll)
+
+    async def _calibrate(self) -> None:
+        """Time the models' passes where nothing recent is known of such a batch."""
+        if self._timing and self._calibration.due(self._loop.stats().active):
+            with contextlib.suppress(DecoderStopped):
+                if (times := await asyncio.wrap_future(self._loop.call(measure))) is not None:
+                    self._calibration.put(times)
 
     async def generate(self, request: DecodeRequest, stream: bool) -> AsyncIterator[Delta]:
         """Deltas of one request: each round's if `stream`, else one with the whole answer.
@@ -94,6 +106,7 @@ class DecoderActor:
             "target_id": self._target_id,
             "draft_version": self._follower.version,
             "engine": dataclasses.asdict(self._loop.stats()),
+            "costs": [dataclasses.asdict(times) for times in self._calibration.all()],
             "swap": self._follower.counts,
             "writer": dataclasses.asdict(self._writer.stats()),
         }

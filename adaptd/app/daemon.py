@@ -19,6 +19,7 @@ from adaptd.decoding.request import DecodeRequest, Delta
 from adaptd.decoding.request import Finished as Answer
 from adaptd.errors import Overloaded
 from adaptd.log import logger
+from adaptd.report import economics
 from adaptd.report.monitor import Finished
 
 _log = logger(__name__)
@@ -110,6 +111,7 @@ class Daemon(Adaptation):
             "in_flight": self.pool.in_flight,
             "decoders": decoders,
             "decoders_lost": self.pool.lost,
+            "economics": economics.native(decoders, common["acceptance"]["now"]),
         }
         return self.snapshot
 

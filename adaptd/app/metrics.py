@@ -88,6 +88,7 @@ def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
         for stratum, size in buffer["sizes"].items():  # type: ignore[attr-defined]
             family.add_metric([stratum], size)
         yield family
+    yield from _economics(status["economics"])  # type: ignore[arg-type]
     yield from _watch(status["watch"])  # type: ignore[arg-type]
     if "proxy" in status:
         yield from _proxy(status["proxy"], status["upstream"])  # type: ignore[arg-type]
@@ -102,6 +103,24 @@ def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
             ("restarts", "Restarts of the learner from a published version."),
         ):
             yield _counter(f"adaptd_learner_{key}_total", text, learner[key])
+
+
+def _economics(found: dict[str, Any]) -> Iterator[Metric]:
+    """What is known of them; what is not is left out."""
+    for key, name, text in (
+        ("expected", "speedup_expected", "MAL / (1 + k c_d + c_v) from timed passes: below 1 speculation costs time."),
+        ("measured", "speedup_measured", "Tokens a second with speculation over those without, from whole rounds."),
+        ("break_even_mal", "speculation_break_even_mal", "MAL below which speculation costs time."),
+        ("c_d", "draft_cost_ratio", "Draft step over target step (c_d)."),
+        ("c_v", "verify_cost_ratio", "Extra cost of verifying k + 1 positions, in target steps (c_v)."),
+        ("round_s", "round_seconds", "One round at the present load."),
+    ):
+        if found[key] is not None:
+            yield _gauge(f"adaptd_{name}", text, found[key])
+    if found["pays"] is not None:
+        yield _gauge(
+            "adaptd_speculation_pays", "1 if speculation saves time at the present load.", float(found["pays"])
+        )
 
 
 def _watch(watch: dict[str, Any]) -> Iterator[Metric]:

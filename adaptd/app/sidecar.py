@@ -22,9 +22,11 @@ from adaptd.config import Config
 from adaptd.errors import ConfigError
 from adaptd.log import logger
 from adaptd.models import load
+from adaptd.report import economics
 from adaptd.report.monitor import Finished, Monitor
 from adaptd.sidecar.capture import Captured, CaptureThread
 from adaptd.sidecar.headers import Labels
+from adaptd.sidecar.load import LoadMeter, plain_rate
 from adaptd.sidecar.proxy import Done, Proxy
 from adaptd.sidecar.request import Plan, plan
 from adaptd.sidecar.steps import Figures, figures
@@ -34,6 +36,8 @@ from buffers.writer import TraceWriter, WriterStats
 
 _log = logger(__name__)
 _DRAIN_POLL_S = 0.05
+#: Seconds between two looks at the server's metrics.
+_METER_S = 5.0
 
 
 class SidecarDaemon(Adaptation):
@@ -63,6 +67,7 @@ class SidecarDaemon(Adaptation):
         )
         self._target_id = ""
         self._client = make_client(config.upstream)
+        self._meter = LoadMeter(self._client)
         self._share = random.Random(config.seed)
         self._capture: CaptureThread | None = None
         self._writer: TraceWriter | None = None
@@ -91,6 +96,7 @@ class SidecarDaemon(Adaptation):
         self._capture = CaptureThread(self._writer.append, self.config.capture.max_pending)
         self._start_scheduler()
         self._every(self.config.upstream.poll_s, self._look)
+        self._every(_METER_S, self._meter.poll)
         if url:
             self._state.announce(url)
         self.serving = True
@@ -205,6 +211,7 @@ class SidecarDaemon(Adaptation):
                 }
             ],
             "decoders_lost": 0,
+            "economics": self._economics(),
             "upstream": {
                 "url": _masked(self.config.upstream.url),
                 "up": self.upstream.up,
@@ -223,6 +230,11 @@ class SidecarDaemon(Adaptation):
             },
         }
         return self.snapshot
+
+    def _economics(self) -> dict[str, Any]:
+        load, given = self._meter.load(), self.config.upstream.plain_tokens_per_s
+        plain = None if given is None or load is None else plain_rate(given, load.running)
+        return economics.behind_proxy(load, plain, self.config.engine.k)
 
     def ready(self) -> tuple[bool, str]:
         """Whether a request would be served now: the server alone decides, not the learner."""

@@ -2,6 +2,7 @@
 
     STEP   give waiting requests to the engine and play one round
     SWAP   run a prepared weight copy; only between rounds, and before the next one
+    CALL   run something else with the engine, between rounds
     CLOSE  end: nothing is left to do, or the drain time is over
     WAIT   sleep until something is asked; an idle loop costs nothing
 
@@ -18,10 +19,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Protocol
+from statistics import median
+from typing import Any, Protocol, TypeVar
 
 from adaptd.decoding.request import DecodeRequest, Delta, Finished, RequestStats
 from adaptd.errors import DecoderStopped, Overloaded
+
+T = TypeVar("T")
+#: Steps whose median is the time of a round: the few that also read prompts do not count.
+_RECENT = 64
 
 OnDelta = Callable[[Delta], None]
 OnFailed = Callable[[Exception], None]
@@ -32,6 +38,7 @@ class Action(Enum):
 
     STEP = "step"
     SWAP = "swap"
+    CALL = "call"
     CLOSE = "close"
     WAIT = "wait"
 
@@ -69,6 +76,9 @@ class LoopStats:
     max_pause_s: float
     recalled: int = 0
     """Contexts in the decoder's recall."""
+    round_s: float | None = None
+    """Median of the last steps' seconds, and their median batch."""
+    round_batch: float | None = None
 
 
 class Engine(Protocol):
@@ -139,6 +149,8 @@ class DecodeLoop:
         self._aborts: list[str] = []
         self._swaps: deque[tuple[Callable[[], SwapResult], Future[SwapResult]]] = deque()
         self._deadline: float | None = None
+        self._calls: deque[tuple[Callable[[Any], Any], Future[Any]]] = deque()
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)
         self._stats = LoopStats(0, 0, engine.draft_version, 0, 0.0, *(0,) * 10, 0.0, 0.0)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -189,15 +201,32 @@ class DecodeLoop:
                 self._wake.notify()
         return future
 
+    def call(self, work: Callable[[Any], T]) -> Future[T]:
+        """Runs `work` with the engine in the loop's thread, between two rounds, which wait for it.
+
+        Returns: a future of its result, or of what it raised; decoding goes on either way.
+        """
+        future: Future[T] = Future()
+        with self._wake:
+            if self.failure is not None or self._deadline is not None:
+                future.set_exception(self._stopped())
+            else:
+                self._calls.append((work, future))
+                self._wake.notify()
+        return future
+
     def stats(self) -> LoopStats:
         """Counts so far; never waits for a round."""
         with self._wake:
+            recent = list(self._recent)
             return replace(
                 self._stats,
                 queued=len(self._queue),
                 active=self._engine.active,
                 draft_version=self._engine.draft_version,
                 recalled=self._engine.recalled,
+                round_s=median(seconds for seconds, _ in recent) if recent else None,
+                round_batch=median(batch for _, batch in recent) if recent else None,
             )
 
     def close(self, drain_s: float) -> None:
@@ -224,6 +253,8 @@ class DecodeLoop:
             return Action.CLOSE
         if self._swaps:
             return Action.SWAP
+        if self._calls:
+            return Action.CALL
         return Action.STEP if busy else Action.WAIT
 
     # -- the loop's thread ---------------------------------------------------------------------------------------
@@ -238,6 +269,8 @@ class DecodeLoop:
                     break
                 if action is Action.SWAP:
                     self._swap()
+                elif action is Action.CALL:
+                    self._call()
                 else:
                     self._step()
         except Exception as exc:  # Whatever it was, nobody may be left waiting.
@@ -268,6 +301,8 @@ class DecodeLoop:
     def _count(self, deltas: list[Delta], seconds: float) -> None:
         ended = [delta.finished for delta in deltas if delta.finished is not None]
         with self._wake:
+            if deltas:
+                self._recent.append((seconds, len(deltas)))
             now = self._stats
             self._stats = replace(
                 now,
@@ -327,13 +362,22 @@ class DecodeLoop:
             self._stats = replace(now, swaps=now.swaps + 1, last_pause_s=pause, max_pause_s=max(now.max_pause_s, pause))
         future.set_result(replace(result, pause_s=pause))
 
+    def _call(self) -> None:
+        with self._wake:
+            work, future = self._calls.popleft()
+        try:
+            future.set_result(work(self._engine))
+        except Exception as exc:  # The caller's own trouble.
+            future.set_exception(exc)
+
     def _release_everyone(self) -> None:
         """Nobody waits for a loop that has ended."""
         with self._wake:
             if self._deadline is None:
                 self._deadline = self._clock()
             clients, self._clients = self._clients, {}
-            swaps, self._swaps = self._swaps, deque()
+            left: list[Future[Any]] = [future for _, future in (*self._swaps, *self._calls)]
+            self._swaps, self._calls = deque(), deque()
             self._queue.clear()
             self._stats = replace(self._stats, failed=self._stats.failed + len(clients))
         for client in clients.values():
@@ -344,7 +388,7 @@ class DecodeLoop:
             except Exception:  # As in `_deliver`: the others must still be told.
                 with self._wake:
                     self._stats = replace(self._stats, callback_errors=self._stats.callback_errors + 1)
-        for _, future in swaps:
+        for future in left:
             future.set_exception(self._stopped())
 
     def _stopped(self) -> DecoderStopped:

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 
+from adaptd.report.economics import line
 from adaptd.report.tables import gain, number, on_base, percent
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -205,6 +206,7 @@ def render(status: dict[str, Any]) -> RenderableType:
         **({} if upstream else {"recall": _recall_row(status["decoders"])}),
         "learner": _learner_row(status["learner"]),
         "watch": _watch_row(status["watch"]),
+        "speculation": line(status["economics"]),
         **({"publisher": _publisher_row(status["publisher"])} if upstream else {}),
         "swaps": _swap_row(status["decoders"]),
     }

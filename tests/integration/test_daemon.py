@@ -122,7 +122,13 @@ def test_status_and_metrics_show_the_traffic(served: Served) -> None:
     found = json.loads(served.cli("status", "--json").stdout)
     assert found["acceptance"]["domains"]["medical"]["now"]["requests"] == 6
     assert found["acceptance"]["domains"]["medical"]["now"]["mal"] >= 1.0
+    economics = wait_for("timed passes", lambda: (e := served.status()["economics"])["c_d"] is not None and e)
+    assert 0 < economics["c_d"] < 5
+    assert economics["c_v"] >= 0
+    assert economics["speedup"] == economics["measured"] or economics["measured"] is None
+    assert "speculation" in served.cli("status").stdout
     metrics = httpx.get(f"{served.url}/metrics").text
+    assert "adaptd_draft_cost_ratio" in metrics
     assert re.search(r'adaptd_requests_total\{domain="medical"\} 6\.0', metrics)
     assert httpx.get(f"{served.url}/livez").status_code == httpx.get(f"{served.url}/readyz").status_code == 200
 
