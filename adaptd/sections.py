@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 
 class Section(BaseModel):
@@ -13,14 +13,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+_ADDRESS = r"^(https?://[^/\s]+(/\S*)?|unix:///\S+)$"
 Rate = Annotated[float, Field(gt=0)]
 
 
 class UpstreamConfig(Section):
     """The vLLM server behind the proxy (`engine.kind: vllm`)."""
 
-    url: str = Field("http://127.0.0.1:8000", pattern=r"^(https?://[^/\s]+(/\S*)?|unix:///\S+)$")
+    url: str = Field("http://127.0.0.1:8000", pattern=_ADDRESS)
     """Address of the server: `http://`, `https://`, or `unix:///path/to/socket`."""
+    urls: tuple[Annotated[str, Field(pattern=_ADDRESS)], ...] = ()
+    """Addresses of several servers of one target, in the place of `url`; the first that is up takes new drafts first."""
     api_key: SecretStr | None = None
     """Bearer token of adaptd's own calls; a client's request goes on with the token that it came with."""
     connect_timeout_s: float = Field(5.0, gt=0)
@@ -49,3 +52,14 @@ class UpstreamConfig(Section):
     """Folder of the update files (`STATE_DIR/DEPLOYMENT/updates`) as the server sees it; none given: as adaptd does."""
     development_routes: bool = False
     """Pass vLLM's development routes (/pause, /update_weights, /collective_rpc, ...), which no API key guards."""
+
+    @model_validator(mode="after")
+    def _names_each_once(self) -> UpstreamConfig:
+        if len(set(self.urls)) != len(self.urls):
+            raise ValueError(f"urls ({', '.join(self.urls)}) must name each server once")
+        return self
+
+    @property
+    def servers(self) -> tuple[UpstreamConfig, ...]:
+        """This section once for each server, with its `url`."""
+        return tuple(self.model_copy(update={"url": url, "urls": ()}) for url in self.urls or (self.url,))

@@ -1,33 +1,44 @@
 """A new draft on several servers: one takes it first, the others follow once its traffic shows no harm.
 
-The state machine decides; its owner carries the actions out and reports back.
-
-    IDLE --offer--> TRYING --worse, or undecided and below--> IDLE   (roll back the one)
-                      |
-                      `--confirmed, or undecided and not below--> SPREADING --all installed--> IDLE
-
-With one server the canary is that server, and there is nobody left to spread to. A version that was rolled back is
-quarantined together with everything learned from it: see `Quarantine`.
+Which versions are confirmed is what `policies.watch` finds out: only the canary serves unconfirmed ones, so its requests
+alone are in the test. What was rolled back is quarantined together with everything learned from it: see `Quarantine`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-from policies.watch import Trial
-
-Phase = Literal["idle", "trying", "spreading"]
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 
-class Action(NamedTuple):
-    """One thing to do; report its end by `installed` or `failed`."""
+class Canary:
+    """Which server is to draft with which version. Not safe for several threads.
 
-    #: "install": bring `version` in. "roll_back": bring `version`, the one before, back.
-    kind: Literal["install", "roll_back"]
-    server: str
-    version: int
+    The first server that can take versions is the canary, and stays it as long as it can. With one server the canary is
+    that server.
+
+    Args:
+      servers: names, in the order in which they become the canary.
+
+    Raises: ValueError: no servers, or the same name twice.
+    """
+
+    def __init__(self, servers: Sequence[str]) -> None:
+        if not servers or len(set(servers)) != len(servers):
+            raise ValueError(f"servers ({', '.join(servers) or 'none'}) must be at least one name, each once")
+        self._servers = tuple(servers)
+        self.canary: str | None = None
+        """Who takes new versions; None before the first `wanted` with a server that can."""
+
+    def wanted(self, able: Collection[str], newest: int, settled: int) -> dict[str, int]:
+        """The version of each server.
+
+        Args:
+          able: servers that are up and take versions; another one becomes the canary when it is not among them.
+          newest: the version that was published last.
+          settled: the newest confirmed one; the same as `newest` if there is nothing to find out.
+        """
+        if self.canary not in able:
+            self.canary = next((name for name in self._servers if name in able), self.canary)
+        return {name: newest if name == self.canary else settled for name in self._servers}
 
 
 class Quarantine:
@@ -84,133 +95,3 @@ class Quarantine:
                 yield at
             seen.add(at)
             at = parents.get(at)
-
-
-@dataclass(slots=True)
-class _Trial:
-    version: int
-    server: str
-    trial: Trial
-    installed: bool = False
-
-
-class Canary:
-    """Which server gets which version next. Not safe for several threads.
-
-    Args:
-      servers: names, in the order in which they try new versions.
-      max_requests: requests of the canary after which its trial ends, decided or not.
-      max_drop: relative loss of acceptance against the baseline that is taken for noise.
-      false_alarm: bound on the probability of rolling back a version that is no worse than that.
-
-    Raises: ValueError: no servers, the same name twice, or max_requests below 1.
-    """
-
-    def __init__(
-        self,
-        servers: Sequence[str],
-        *,
-        max_requests: int = 400,
-        max_drop: float = 0.1,
-        false_alarm: float = 0.01,
-        version: int = 0,
-    ) -> None:
-        if not servers or len(set(servers)) != len(servers):
-            raise ValueError(f"servers ({', '.join(servers) or 'none'}) must be at least one name, each once")
-        if max_requests < 1:
-            raise ValueError(f"max_requests ({max_requests}) must be at least 1")
-        self._max_requests, self._max_drop, self._false_alarm = max_requests, max_drop, false_alarm
-        self._at = dict.fromkeys(servers, version)
-        self._accepted = version
-        self._waiting: tuple[int, float, Mapping[int, int | None]] | None = None
-        self._trial: _Trial | None = None
-        self._spreading: list[str] = []
-        self.quarantine = Quarantine()
-        #: Why the last trial ended as it did.
-        self.verdict = ""
-
-    @property
-    def phase(self) -> Phase:
-        """Where the machine stands."""
-        if self._trial is not None:
-            return "trying"
-        return "spreading" if self._spreading else "idle"
-
-    @property
-    def versions(self) -> dict[str, int]:
-        """What each server drafts with, as reported."""
-        return dict(self._at)
-
-    def offer(self, version: int, baseline: float, parents: Mapping[int, int | None]) -> list[Action]:
-        """A new version passed the gate; the newest one waits while another is tried or spread.
-
-        A version that is quarantined, or comes from one, is refused, now or when its turn comes; `verdict` then says why.
-
-        Args:
-          baseline: mean acceptance share per request before it, within [0, 1].
-          parents: as for `Quarantine.refusal`.
-        """
-        if self.phase != "idle":
-            self._waiting = (version, baseline, parents)
-            return []
-        if refusal := self.quarantine.refusal(version, parents):
-            self.verdict = refusal
-            return []
-        server = next(iter(self._at))
-        limits = Trial(max_requests=self._max_requests, max_drop=self._max_drop, false_alarm=self._false_alarm)
-        self._trial = _Trial(version, server, limits)
-        return [Action("install", server, version)]
-
-    def installed(self, server: str, version: int) -> list[Action]:
-        """A server drafts with this version now."""
-        self._at[server] = version
-        if self._trial is not None and (server, version) == (self._trial.server, self._trial.version):
-            self._trial.installed = True
-        if server in self._spreading and version == self._accepted:
-            self._spreading.remove(server)
-        return self._next()
-
-    def failed(self, server: str, version: int) -> list[Action]:
-        """A version could not be brought into a server, which keeps what it had.
-
-        The canary's failure ends the trial; another server is left behind and gets the next version.
-        """
-        if self._trial is not None and (server, version) == (self._trial.server, self._trial.version):
-            self.verdict = f"version {version} could not be installed on {server}"
-            self._trial = None
-        if server in self._spreading:
-            self._spreading.remove(server)
-        return self._next()
-
-    def observe(self, server: str, share: float, baseline: float) -> list[Action]:
-        """One finished request's acceptance share, and what was expected of such a request before the version.
-
-        Raises: ValueError: share or baseline outside [0, 1].
-        """
-        trial = self._trial
-        if trial is None or not trial.installed or server != trial.server:
-            return []
-        state = trial.trial.update(share, baseline)
-        if state == "watching":
-            return []
-        if state == "worse":
-            return self._roll_back(trial, trial.trial.describe())
-        found = "confirmed" if trial.trial.sure else "not worse"
-        self.verdict = f"version {trial.version} is {found} after {trial.trial.seen}"
-        self._accepted, self._trial = trial.version, None
-        self._spreading = [name for name in self._at if name != trial.server]
-        return [Action("install", name, self._accepted) for name in self._spreading] or self._next()
-
-    def _roll_back(self, trial: _Trial, found: str) -> list[Action]:
-        self.verdict = f"version {trial.version} was rolled back on {trial.server}: {found}"
-        if trial.version > 0:
-            self.quarantine.add(trial.version, found)
-        self._trial = None
-        return [Action("roll_back", trial.server, self._accepted), *self._next()]
-
-    def _next(self) -> list[Action]:
-        """Try what waited."""
-        if self.phase != "idle" or self._waiting is None:
-            return []
-        waiting, self._waiting = self._waiting, None
-        return self.offer(*waiting)

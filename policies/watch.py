@@ -11,7 +11,8 @@ its own domain's window before:
     promise  the newest version, against the window before it scaled by the lower end of the gate's gain.
              Tells whether the gate's promise is kept, and does nothing: an overestimated gain is still a gain.
 
-Chain and step end after `max_requests` requests at the latest: undecided, by whether the mean is below.
+Chain and step end at the latest when `max_requests` requests were served, compared or not: undecided, by whether the mean
+is below.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from policies.gate import LiveWatch, WatchState
 
 #: Requests of a domain that make a window; with fewer, its later requests are not compared.
 MIN_WINDOW = 8
+#: Compared requests below which a trial that has to end unsure finds nothing against a version.
+_ENOUGH = 50
 
 TrialState = Literal["watching", "worse", "fine"]
 PromiseState = Literal["none", "open", "kept", "broken"]
@@ -98,12 +101,18 @@ class Trial:
         found: WatchState = self._watch.update(share, expected)
         self._shares += share
         self._expected += expected
-        self.sure = found != "watching"
-        if found == "watching" and self.seen < self.max_requests:
-            return self.state
-        below = self._shares < self._expected * (1.0 - self._max_drop)
-        worse = found == "worse" or (found == "watching" and below)
-        self.state = "worse" if worse else "fine"
+        if found != "watching":
+            self.sure, self.state = True, "worse" if found == "worse" else "fine"
+        elif self.seen >= self.max_requests:
+            self.close()
+        return self.state
+
+    def close(self) -> TrialState:
+        """End it now: worse if the mean of enough requests is below, else fine."""
+        if self.state == "watching":
+            enough = self.seen >= min(_ENOUGH, self.max_requests)
+            below = self._shares < self._expected * (1.0 - self._max_drop)
+            self.state = "worse" if enough and below else "fine"
         return self.state
 
     def describe(self) -> str:
@@ -140,8 +149,10 @@ class _Step:
     gain: float | None = None
     promised: Mapping[str, float] = field(default_factory=dict)
     promise: LiveWatch | None = None
+    served: int = 0
 
     def observe(self, domain: str, share: float) -> None:
+        self.served += 1
         if domain in self.windows:
             self.trial.update(share, self.windows[domain].expected)
 
@@ -154,7 +165,7 @@ class ChainWatch:
     """The state machine over promotions; not safe for several threads.
 
     Args:
-      max_requests: compared requests after which a trial ends, decided or not.
+      max_requests: requests of unconfirmed versions after which a trial ends, decided or not.
       max_drop: relative loss against the window before that is taken for noise.
       false_alarm: bound on the probability that one trial's test refuses what is no worse than that.
 
@@ -168,6 +179,7 @@ class ChainWatch:
         self._windows: Mapping[str, Window] = {}
         self._members: list[int] = []
         self._step: _Step | None = None
+        self._served = 0
 
     def _trial(self) -> Trial:
         return Trial(max_requests=self._max_requests, max_drop=self._max_drop, false_alarm=self._false_alarm)
@@ -196,7 +208,7 @@ class ChainWatch:
         if self._members and self._members[-1] != over:
             self.forget()  # something else was put in between
         if not self._members:
-            self._safe, self._windows, self._chain = over, dict(windows), self._trial()
+            self._safe, self._windows, self._chain, self._served = over, dict(windows), self._trial(), 0
         self._members.append(version)
         step = self._step = _Step(version, over, dict(windows), self._trial())
         if gain is not None:
@@ -221,6 +233,9 @@ class ChainWatch:
             step.observe(domain, share)
         if domain in self._windows:
             self._chain.update(share, self._windows[domain].expected)
+        self._served += 1
+        if self._served >= self._max_requests:
+            self._chain.close()
         return self._decide(step)
 
     def _decide(self, step: _Step) -> Regression | Confirmed | None:
@@ -242,7 +257,7 @@ class ChainWatch:
             return Confirmed(step.version, about)
         # The newest has not shown enough of itself: it goes on alone, against what was before it.
         self._members, self._safe, self._windows, self._chain = [step.version], step.before, step.windows, step.trial
-        step.windows, step.trial = {}, self._trial()
+        self._served, step.windows, step.trial = step.served, {}, self._trial()
         return Confirmed(members[-2], about)
 
     def taken_back(self, version: int) -> None:
@@ -254,7 +269,7 @@ class ChainWatch:
         self._step = None
         if self._members:
             self._members.append(version)
-            self._chain = self._trial()
+            self._chain, self._served = self._trial(), 0
             self._step = _Step(version, self._safe, {}, self._trial())
 
     def forget(self) -> None:
@@ -275,7 +290,7 @@ class ChainWatch:
         return {
             "watching": list(self._members),
             "before": self.before,
-            "requests": chain.seen if watching else 0,
+            "requests": self._served if watching else 0,
             "max_requests": self._max_requests,
             "accepted": chain.share if watching else None,
             "expected": chain.expected if watching else None,

@@ -163,6 +163,7 @@ class Adaptation:
     async def _tick(self) -> None:
         drifted, self._drifted = self._drifted, False
         try:
+            self.watching.catch_up(self.config.engine.k)
             since = time.monotonic() - self._last_tick
             report = await self._the_learner().tick.remote(drifted, since, self.watching.before)
         except RayError as error:

@@ -139,10 +139,21 @@ def _proxy(proxy: dict[str, Any], upstream: dict[str, Any]) -> Iterator[Metric]:
         ("aborted", "Clients that left before their answer was complete."),
         ("unreachable", "Requests that the server did not answer."),
         ("broken", "Answers that the server broke off."),
+        ("rerouted", "Requests that another server took."),
         ("resent", "Requests sent again without additions after a refusal."),
         ("faults", "Failures of the proxy's own; the request went on without it."),
     ):
         yield _counter(f"adaptd_proxy_{key}_total", text, proxy[key])
+    for key, name, text in (
+        ("up", "up", "1 if this server answers and is not left out."),
+        ("in_flight", "in_flight", "Requests that this server works on."),
+        ("draft_version", "draft_version", "Draft version that this server has, as far as known."),
+    ):
+        each = GaugeMetricFamily(f"adaptd_upstream_server_{name}", text, labels=["upstream"])
+        for server in upstream["servers"]:
+            value = server["up"] and not server["left_out"] if key == "up" else server[key]
+            each.add_metric([server["url"]], float(value))
+        yield each
     yield _gauge("adaptd_proxy_in_flight", "Requests being passed.", proxy["in_flight"])
     family = CounterMetricFamily("adaptd_proxy_uncaptured_total", "Requests not captured.", labels=["reason"])
     for reason, count in proxy["uncaptured"].items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from adaptd import events
@@ -20,10 +21,9 @@ from adaptd.models.fold import check_publishable
 from adaptd.models.scope import ScopeConfig
 from adaptd.sidecar.able import why_unable
 from adaptd.sidecar.client import VllmClient, is_loopback
-from adaptd.sidecar.publish import PublishFollower
+from adaptd.sidecar.publish import HasCurrent, PublishFollower
 from adaptd.sidecar.publisher import Publisher
 from adaptd.sidecar.upstream import Upstream
-from checkpoints.store import CheckpointStore
 
 _log = logger(__name__)
 #: Before a server that cannot take drafts is asked again; one that came back is asked at once.
@@ -61,7 +61,9 @@ class Publication:
       upstream: whether the server is up.
       prompts: probe prompts, see `adaptd.app.publishing.reserved_prompts`.
       remember: takes an event for the status: its kind, and fields.
-      rollback: takes the store back by one version, for a reason.
+      rollback: takes the store back from a version, for a reason.
+      part: of the folder of update files that is this server's own, where there are several.
+      turn: held while a version is brought in: of several servers one pauses at a time.
 
     Raises:
       ConfigError: as `why_not`.
@@ -70,19 +72,22 @@ class Publication:
     def __init__(
         self,
         config: Config,
-        store: CheckpointStore,
+        store: HasCurrent,
         upstream: Upstream,
         *,
         prompts: Callable[[], Sequence[Sequence[int]]],
         remember: Callable[..., None],
-        rollback: Callable[[str], Awaitable[Any]],
+        rollback: Callable[[int, str], Awaitable[Any]],
+        part: str = "",
+        turn: asyncio.Lock | None = None,
     ) -> None:
         self._config, self._store, self._upstream = config, store, upstream
         self._remember, self._rollback = remember, rollback
         self._never = why_not(config)
         self._unable = self._never or (_NOT_ASKED if config.upstream.publish is None else "")
         self._client = VllmClient(config.upstream.url, headers=upstream.headers, timeout_s=30.0)
-        self._updates = config.home / "updates"
+        self._updates = config.home / "updates" / part
+        self._turn = turn or asyncio.Lock()
         self._up_since: float | None = None
         self._looked_since: float | None = None
         self._asked_at = 0.0
@@ -99,7 +104,8 @@ class Publication:
                 config.upstream.url,
                 headers=upstream.headers,
                 prompts=prompts,
-                server_folder=config.upstream.server_folder,
+                folder=self._updates,
+                server_folder=None if (seen := config.upstream.server_folder) is None else str(Path(seen) / part),
                 allow_remote=config.upstream.publish_remote,
             )
         self.follower = PublishFollower(store, self.publisher, failed=self._failed)
@@ -150,7 +156,8 @@ class Publication:
 
     async def _follow(self) -> None:
         while True:
-            await self.poll()
+            async with self._turn:
+                await self.poll()
             await asyncio.sleep(self._config.checkpoints.poll_s)
 
     async def poll(self) -> None:
@@ -221,7 +228,7 @@ class Publication:
         if self._store.current() != version:
             return
         try:
-            await self._rollback(f"the server's acceptance: {reason}")
+            await self._rollback(version, f"the server's acceptance: {reason}")
         except Exception as error:  # no learner, or it is restarting: tried again with the next attempt to publish
             self._remember("rollback failed", version=version, error=f"{type(error).__name__}: {error}"[:200])
 

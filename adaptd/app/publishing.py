@@ -34,6 +34,7 @@ def build_publisher(
     *,
     headers: Mapping[str, str] | None = None,
     prompts: Callable[[], Sequence[Sequence[int]]] | None = None,
+    folder: Path | None = None,
     server_folder: str | None = None,
     allow_remote: bool = False,
 ) -> Publisher:
@@ -43,6 +44,7 @@ def build_publisher(
       url: of the server.
       headers: such as an Authorization of the server's API key.
       prompts: probe prompts as token ids, see `reserved_prompts`; None: nothing is probed.
+      folder: of the update files; None: that of a single server.
       server_folder: folder of the update files as the server sees it, where that is not as it is seen here.
       allow_remote: publish to a server that other machines can reach, whose development routes have no key.
 
@@ -55,7 +57,7 @@ def build_publisher(
             "are replaced, have no key: let it listen on loopback or a unix socket, or set upstream.publish_remote: true"
         )
     client = VllmClient(url, headers=headers)
-    folder = config.home / "updates"
+    folder = folder or config.home / "updates"
     prober = None if prompts is None else Prober(client, prompts)
     return Publisher(client, remote_writer(config, folder), folder=server_folder, prober=prober, seed=config.seed)
 

@@ -11,8 +11,8 @@ import dataclasses
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 from adaptd import __version__, events
 from adaptd.app.adaptation import Adaptation
@@ -25,13 +25,14 @@ from adaptd.models import load
 from adaptd.report import economics
 from adaptd.report.monitor import Finished, Monitor
 from adaptd.sidecar.capture import Captured, CaptureThread
+from adaptd.sidecar.fleet import Fleet, Server
 from adaptd.sidecar.headers import Labels
-from adaptd.sidecar.load import LoadMeter, plain_rate
+from adaptd.sidecar.load import plain_rate
 from adaptd.sidecar.proxy import Done, Proxy
 from adaptd.sidecar.request import Plan, plan
+from adaptd.sidecar.rollout import Rollout
 from adaptd.sidecar.steps import Figures, figures
 from adaptd.sidecar.traces import Provenance, settings
-from adaptd.sidecar.upstream import Upstream, make_client
 from buffers.writer import TraceWriter, WriterStats
 
 _log = logger(__name__)
@@ -41,7 +42,7 @@ _METER_S = 5.0
 
 
 class SidecarDaemon(Adaptation):
-    """One deployment in front of one server.
+    """One deployment in front of one server, or several of one target.
 
     Raises:
       ConfigError: the configuration asks for what vLLM does not tell, or for versions in the server that it cannot take.
@@ -56,28 +57,40 @@ class SidecarDaemon(Adaptation):
                 "say which tokens were rejected"
             )
         super().__init__(config, log_to_driver=log_to_driver)
-        self.upstream = Upstream(config.upstream)
-        self.publication = Publication(
-            config,
-            self.store,
-            self.upstream,
-            prompts=lambda: reserved_prompts(self.table)(),
-            remember=self._remember,
-            rollback=self.rollback,
-        )
+        self._turn = asyncio.Lock()
+        self.upstream = Fleet(config.upstream)
+        self.rollout = Rollout(self.upstream, lambda: self.store.current() or 0, lambda: self.watching.settled)
+        self.publications = [self._publication(config, server, i) for i, server in enumerate(self.upstream.servers)]
         self._target_id = ""
-        self._client = make_client(config.upstream)
-        self._meter = LoadMeter(self._client)
         self._share = random.Random(config.seed)
         self._capture: CaptureThread | None = None
         self._writer: TraceWriter | None = None
         self.proxy = Proxy(
-            self._client,
+            self.upstream,
             self._plan,
             self._report,
-            lambda: self.publication.version,
             development_routes=config.upstream.development_routes,
         )
+
+    def _publication(self, config: Config, server: Server, index: int) -> Publication:
+        """What brings versions into one server; files of several do not meet."""
+        publication = Publication(
+            config.model_copy(update={"upstream": server.config}),
+            self.rollout.stage(server),
+            server.upstream,
+            prompts=lambda: reserved_prompts(self.table)(),
+            remember=self._remember if not self.upstream.several else partial(self._remember, upstream=server.name),
+            rollback=self._refuse,
+            part=str(index) if self.upstream.several else "",
+            turn=self._turn,
+        )
+        server.version, server.takes_drafts = lambda: publication.version, lambda: publication.active
+        return publication
+
+    async def _refuse(self, version: int, reason: str) -> None:
+        """The probe prompts speak against a version. Where live traffic has confirmed it, it is that server's trouble."""
+        if version == self.store.current() and not (self.upstream.several and version == self.watching.settled):
+            await self.watching.refuse(version, reason)
 
     async def start(self, url: str = "", after_cluster: Callable[[], None] | None = None) -> None:
         """Bring up folder, buffer, learner and scheduler; requests pass already.
@@ -90,13 +103,14 @@ class SidecarDaemon(Adaptation):
         load.resolve(self.config.draft.model, "draft")
         await self._open()
         self._writer = TraceWriter(self.table, max_pending=self.config.capture.max_pending)
-        await self.publication.recover()
+        for publication in self.publications:
+            await publication.recover()
         await self.upstream.wait(self.config.upstream.wait_s)
         self._adopt_k()
         self._capture = CaptureThread(self._writer.append, self.config.capture.max_pending)
         self._start_scheduler()
         self._every(self.config.upstream.poll_s, self._look)
-        self._every(_METER_S, self._meter.poll)
+        self._every(_METER_S, self.upstream.sample)
         if url:
             self._state.announce(url)
         self.serving = True
@@ -104,7 +118,8 @@ class SidecarDaemon(Adaptation):
         await self._join_cluster(after_cluster)
         self._follow_server()
         self._start_ticking()
-        self.publication.start()
+        for publication in self.publications:
+            publication.start()
         _log.info(
             events.SERVICE_STARTED,
             version=__version__,
@@ -204,23 +219,30 @@ class SidecarDaemon(Adaptation):
             "in_flight": self.proxy.counts.in_flight,
             "decoders": [
                 {
-                    "draft_version": self.publication.version,
+                    "draft_version": publication.version,
                     "engine": {"recalled": 0},
-                    "swap": self.publication.swaps(),
-                    "writer": dataclasses.asdict(stats),
+                    "swap": publication.swaps(),
+                    # There is one, for all of them.
+                    "writer": dataclasses.asdict(WriterStats(0, 0, 0, 0, 0, False, None) if i else stats),
                 }
+                for i, publication in enumerate(self.publications)
             ],
             "decoders_lost": 0,
             "economics": self._economics(),
             "upstream": {
-                "url": _masked(self.config.upstream.url),
+                "url": ", ".join(server.name for server in self.upstream.servers),
                 "up": self.upstream.up,
                 "error": self.upstream.error,
                 "since": self.upstream.since,
+                "servers": [
+                    {**server.status(), "publisher": publication.status()}
+                    for server, publication in zip(self.upstream.servers, self.publications, strict=True)
+                ],
+                "canary": self.rollout.canary,
                 "capture_share": self.config.upstream.capture_share,
                 **dataclasses.asdict(self.upstream.capabilities),
             },
-            "publisher": self.publication.status(),
+            "publisher": self._first().status(),
             "proxy": {
                 **dataclasses.asdict(self.proxy.counts),
                 "uncaptured": dict(self.proxy.counts.uncaptured),
@@ -231,8 +253,13 @@ class SidecarDaemon(Adaptation):
         }
         return self.snapshot
 
+    def _first(self) -> Publication:
+        """The one that takes versions first."""
+        names = [server.name for server in self.upstream.servers]
+        return self.publications[names.index(self.rollout.canary) if self.rollout.canary in names else 0]
+
     def _economics(self) -> dict[str, Any]:
-        load, given = self._meter.load(), self.config.upstream.plain_tokens_per_s
+        load, given = self.upstream.load(), self.config.upstream.plain_tokens_per_s
         plain = None if given is None or load is None else plain_rate(given, load.running)
         return economics.behind_proxy(load, plain, self.config.engine.k)
 
@@ -259,10 +286,10 @@ class SidecarDaemon(Adaptation):
         for part in (self._capture, self._writer):
             if part is not None:
                 await asyncio.to_thread(part.close, 5.0)
-        await self.publication.close()
+        for publication in self.publications:
+            await publication.close()
         await self._take_down()
         await self.upstream.close()
-        await self._client.aclose()
         _log.info(events.SERVICE_STOPPED, seconds=round(time.monotonic() - started, 2))
 
 
@@ -281,9 +308,3 @@ def _finished(done: Done, found: Figures | None, k: int) -> Finished:
         accepted_at=accepted[:k],
         draft_version=done.draft_version,
     )
-
-
-def _masked(url: str) -> str:
-    """The address without user and password."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

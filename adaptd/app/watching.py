@@ -53,6 +53,7 @@ class Watching:
         self._windows, self._remember, self._went_back = windows, remember, went_back
         self._chain = ChainWatch(max_requests=config.watch_requests, max_drop=config.max_drop)
         self._task: asyncio.Task[None] | None = None
+        self._settled = 0
         self.counts = {"confirmed": 0, "rolled_back": 0}
 
     @property
@@ -60,6 +61,11 @@ class Watching:
         """The version that may have to come back, if any; it must not be pruned."""
         before = self._chain.before
         return () if before is None else (before,)
+
+    @property
+    def settled(self) -> int:
+        """The newest version that needs no watching any more; what serves, if nothing is watched at all."""
+        return self._settled if self._config.watch else self._store.current() or 0
 
     def resume(self) -> None:
         """Go on watching what the daemon before this one left unconfirmed; a damaged file is as none."""
@@ -70,15 +76,25 @@ class Watching:
                 if isinstance(error, FileNotFoundError):
                     raise
                 _log.warning(events.WATCH_LOST, error=f"{type(error).__name__}: {error}"[:200])
+        before = self._chain.before
+        self._settled = (self._store.current() or 0) if before is None else before
 
     def promoted(self, version: int, k: int) -> None:
         """Watch a version that serves from now on, against the traffic until now."""
         if not self._config.watch or self._going_back or self._store.current() != version:
             return
+        if version in self._chain.unconfirmed:
+            return
         manifest = self._store.manifest(version)
         gain = None if manifest.restored is not None else (manifest.gate.get("gain") or {}).get("low")
         self._chain.promoted(version, manifest.parent or 0, self._windows(), gain=gain, k=k)
         self._save()
+
+    def catch_up(self, k: int) -> None:
+        """Watch what serves though nobody told of its promotion: the learner died before it could."""
+        current = self._store.current() or 0
+        if current not in (0, self._settled, *self._chain.unconfirmed):
+            self.promoted(current, k)
 
     def observe(self, item: Finished) -> None:
         """Count a finished request; called in the event loop."""
@@ -87,6 +103,7 @@ class Watching:
         found = self._chain.observe(item.draft_version, item.domain, min(1.0, item.accepted / item.proposed))
         if isinstance(found, Confirmed):
             self.counts["confirmed"] += 1
+            self._settled = found.version
             self._remember("confirmed", version=found.version, reason=found.reason, promise=self._chain.promise)
             _log.info(events.DRAFT_CONFIRMED, version=found.version, reason=found.reason, promise=self._chain.promise)
             self._save()
@@ -108,6 +125,8 @@ class Watching:
                 await asyncio.sleep(_RETRY_S)
         self.counts["rolled_back"] += 1
         self._chain.taken_back(manifest.version)
+        before = self._chain.before
+        self._settled = manifest.version if before is None else before
         self._save()
         self._remember("rollback", version=manifest.version, refused=list(found.refused), reason=found.reason)
         _log.warning(
@@ -127,6 +146,7 @@ class Watching:
     def forget(self) -> None:
         """An operator went back by hand: what serves now is not compared with anything."""
         self._chain.forget()
+        self._settled = self._store.current() or 0
         self._save()
 
     def _save(self) -> None:
@@ -144,6 +164,7 @@ class Watching:
             quarantined, error = {}, str(damaged)
         return {
             "on": self._config.watch,
+            "settled": self.settled,
             **self._chain.status(),
             **self.counts,
             "quarantined": quarantined,

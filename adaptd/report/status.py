@@ -139,6 +139,22 @@ def _server_row(upstream: dict[str, Any]) -> str:
     return f"{upstream['url']}, vLLM {upstream['version']}; {upstream['reason'] or captured}{acceptance}"
 
 
+def server_rows(upstream: dict[str, Any]) -> dict[str, str]:
+    """One row for each of several servers."""
+    rows = {}
+    for i, server in enumerate(upstream["servers"], 1):
+        state = (
+            f"[red]down[/]: {server['error']}"
+            if not server["up"]
+            else f"[red]left out[/]: {server['left_out']}"
+            if server["left_out"]
+            else f"vLLM {server['version']}, draft version {server['draft_version']}, {server['in_flight']} in flight"
+        )
+        role = ", takes new drafts first" if server["url"] == upstream["canary"] else ""
+        rows[f"server {i}"] = f"{server['url']}{role}; {state}"
+    return rows if len(rows) > 1 else {}
+
+
 def _proxy_row(proxy: dict[str, Any]) -> str:
     why = ", ".join(f"{name} {count:,}" for name, count in proxy["uncaptured"].items())
     return (
@@ -199,6 +215,7 @@ def render(status: dict[str, Any]) -> RenderableType:
     rows = {
         "engine": f"{status['engine']}, k = {status['k']}, up {_age(status['uptime_s'])}, {status['in_flight']} in flight",
         **({"server": _server_row(status["upstream"]), "proxy": _proxy_row(status["proxy"])} if upstream else {}),
+        **(server_rows(status["upstream"]) if upstream else {}),
         "draft": _draft_row(status),
         "drift": _drift_row(status["acceptance"]["drift"]),
         "buffer": _buffer_row(status["buffer"]),

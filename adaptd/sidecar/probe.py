@@ -19,6 +19,8 @@ from adaptd.sidecar.request import PATHS, Plan, plan
 from adaptd.sidecar.steps import figures
 
 _PROMPT = "The"
+#: Two tokenizers that agree on this have one vocabulary for all that matters here.
+_SPECIMEN = "The 3 quick brown foxes (über-schnell) jumped:\n\tfor i in range(10**6): x[i] = 'é' + \"日本語\" # 42.5%"
 #: Depths to fall back to where the server's --max-logprobs is lower than what is wanted.
 _DEPTHS = (20, 8, 5, 4, 2)
 #: Nats by which two log-probabilities of one context may differ and still be the same.
@@ -39,6 +41,8 @@ class Capabilities:
     """Depth that may be asked for; 0 if answers cannot be captured."""
     usage_forced: bool = False
     per_step: bool = False
+    vocabulary: str = ""
+    """What its tokenizer makes of a fixed text, hashed; empty if it does not say."""
     reason: str = ""
     """Why answers cannot be captured, with the remedy; empty if they can."""
 
@@ -66,6 +70,7 @@ async def probe(client: httpx.AsyncClient, headers: dict[str, str], wanted: int)
     found = figures((plain.get("metrics") or {}).get("speculative_decoding"))
     about |= {"k": found.k if found else None, "per_step": bool(found and found.steps)}
     about["usage_forced"] = '"usage":{' in await ask.text("/v1/completions", stream=True)
+    about["vocabulary"] = await _vocabulary(client, headers, names[0] if names else "")
     depth = 0
     for depth in (wanted, *(d for d in _DEPTHS if d < wanted), 0):
         if depth == 0 or await ask.accepts("/v1/completions", logprobs=depth):
@@ -81,6 +86,16 @@ async def probe(client: httpx.AsyncClient, headers: dict[str, str], wanted: int)
                     **about, reason=f"answers of {path} cannot be put back as they were: this server is not known"
                 )
     return Capabilities(**about, top_logprobs=depth)
+
+
+async def _vocabulary(client: httpx.AsyncClient, headers: dict[str, str], model: str) -> str:
+    try:
+        answer = await client.post("/tokenize", json={"model": model, "prompt": _SPECIMEN}, headers=headers)
+        answer.raise_for_status()
+        ids = [int(token) for token in answer.json()["tokens"]]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return ""
+    return hashlib.blake2b(" ".join(map(str, ids)).encode(), digest_size=8).hexdigest()
 
 
 class _Asker:

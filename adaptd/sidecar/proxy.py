@@ -24,13 +24,15 @@ from starlette.types import Message, Receive, Scope, Send
 from adaptd import events
 from adaptd.log import logger
 from adaptd.sidecar.answer import Seen, StreamRestorer, restore
+from adaptd.sidecar.fleet import Alone, Fleet, Server
 from adaptd.sidecar.headers import Labels, RawHeaders, is_development_route, to_client, to_server
-from adaptd.sidecar.request import Plan
+from adaptd.sidecar.request import PATHS, Plan
 
 _log = logger(__name__)
 #: What vLLM refuses a request with before it generates.
 _REFUSALS = (400, 422)
 _RETRY_S = b"1"
+_ANY_BASE = httpx.URL("http://any")
 
 
 @dataclass(slots=True)
@@ -43,6 +45,8 @@ class Done:
     draft_version: int
     """Of the draft that served when the request began."""
     seconds: float
+    server: str = ""
+    """Which one answered; empty if there is but one."""
 
 
 @dataclass(slots=True)
@@ -57,6 +61,8 @@ class Counts:
     """Requests that the server did not answer at all."""
     broken: int = 0
     """Answers that the server broke off."""
+    rerouted: int = 0
+    """Requests that another server took, because the first broke off before the first byte of an answer."""
     resent: int = 0
     """Requests sent again without our additions because the server refused them."""
     faults: int = 0
@@ -66,27 +72,29 @@ class Counts:
 
 
 class Proxy:
-    """ASGI application in front of one server.
+    """ASGI application in front of one server, or several.
+
+    A request whose server is gone before there is a byte of an answer goes to another one.
 
     Args:
-      client: connects to the server; its base_url is the server's root.
+      servers: chooses a server for each request; a client alone is one server, its base_url the server's root.
       planner: (path, body, labels) to what is sent; None leaves the request alone. May raise.
       report: called in the event loop with every request that was planned and answered; must be quick. May raise.
-      draft_version: of the draft that serves now.
+      draft_version: of the draft that serves now, where `servers` is one client.
       development_routes: pass vLLM's unguarded routes.
     """
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        servers: httpx.AsyncClient | Fleet,
         planner: Callable[[str, bytes, Labels], Plan | None],
         report: Callable[[Done], None],
         draft_version: Callable[[], int] = lambda: 0,
         *,
         development_routes: bool = False,
     ) -> None:
-        self._client, self._planner, self._report = client, planner, report
-        self._draft_version, self._development_routes = draft_version, development_routes
+        self._servers = Alone(servers, draft_version) if isinstance(servers, httpx.AsyncClient) else servers
+        self._planner, self._report, self._development_routes = planner, report, development_routes
         self.counts = Counts()
         self.closing = False
         """True refuses what still comes, with a retry: the connections to the server are about to close."""
@@ -129,9 +137,8 @@ class Proxy:
             await _refuse(send, 503, "adaptd is shutting down; retry", "server_error")
             return
         started = time.monotonic()
-        headers: RawHeaders = scope["headers"]
-        url = _url(self._client.base_url, scope)
-        relative = unquote(url.path)[len(self._client.base_url.path.rstrip("/")) :]
+        # As a server would see it: dots resolved, whatever is encoded decoded.
+        relative = unquote(_url(_ANY_BASE, scope).path)
         if is_development_route(relative) and not self._development_routes:
             await _refuse(
                 send,
@@ -141,29 +148,56 @@ class Proxy:
                 "permission_error",
             )
             return
-        labels = Labels.of(headers)
+        labels = Labels.of(scope["headers"])
         plan = self._plan(scope, body, labels)
-        version = self._draft_version()
+        tried: list[Alone | Server] = []
+        error: httpx.TransportError | None = None
+        while (server := self._servers.take(tried)) is not None:
+            tried.append(server)
+            version = server.version()
+            server.in_flight += 1
+            try:
+                plan, answer, seen = await self._ask(server, scope, body, plan, send)
+            except _NoAnswer as lost:
+                error = lost.cause
+                _log.warning(events.UPSTREAM_UNREACHABLE, upstream=server.name, error=type(error).__name__)
+                if not _again(scope, error):
+                    break
+                continue
+            finally:
+                server.in_flight -= 1
+            self.counts.rerouted += len(tried) > 1
+            if plan is not None and seen is not None and answer.status_code == 200:
+                self._tell(Done(plan, seen, labels, version, time.monotonic() - started, server.name))
+            return
+        self.counts.unreachable += 1
+        timed_out = isinstance(error, httpx.ReadTimeout)
+        message = "gave no answer in time" if timed_out else "is not reachable or broke the connection"
+        await _refuse(send, 504 if timed_out else 502, f"the server behind adaptd {message}; retry", "server_error")
+
+    async def _ask(
+        self, server: Alone | Server, scope: Scope, body: bytes, plan: Plan | None, send: Send
+    ) -> tuple[Plan | None, httpx.Response, Seen | None]:
+        """One exchange with one server.
+
+        Raises:
+          _NoAnswer: nothing was sent to the client yet.
+        """
+        client, method, headers = server.client, scope["method"], scope["headers"]
+        url = _url(client.base_url, scope)
         try:
-            answer = await self._send(scope["method"], url, headers, plan.body if plan else body, plan)
+            answer = await _send(client, method, url, headers, plan.body if plan else body, plan)
             if plan is not None and plan.body != body and answer.status_code in _REFUSALS:
                 await answer.aclose()
                 self.counts.resent += 1
                 plan = None
-                answer = await self._send(scope["method"], url, headers, body, None)
+                answer = await _send(client, method, url, headers, body, None)
         except httpx.TransportError as error:
-            self.counts.unreachable += 1
-            _log.warning(events.UPSTREAM_UNREACHABLE, error=type(error).__name__)
-            timed_out = isinstance(error, httpx.ReadTimeout)
-            message = "gave no answer in time" if timed_out else "is not reachable or broke the connection"
-            await _refuse(send, 504 if timed_out else 502, f"the server behind adaptd {message}; retry", "server_error")
-            return
+            raise _NoAnswer(error) from error
         try:
-            seen = await self._relay(answer, plan, send)
+            return plan, answer, await self._relay(answer, plan, send, held=self._servers.several)
         finally:
             await answer.aclose()
-        if plan is not None and seen is not None and answer.status_code == 200:
-            self._tell(Done(plan, seen, labels, version, time.monotonic() - started))
 
     def _plan(self, scope: Scope, body: bytes, labels: Labels) -> Plan | None:
         if scope["method"] != "POST":
@@ -187,21 +221,14 @@ class Proxy:
         self.counts.faults += 1
         _log.error(events.PROXY_FAULTED, where=where, error=type(error).__name__)
 
-    async def _send(
-        self, method: str, url: httpx.URL, headers: RawHeaders, body: bytes, plan: Plan | None
-    ) -> httpx.Response:
-        sent = [
-            (b"host", url.netloc),
-            *to_server(headers, plain=plan is not None),
-            *([(b"content-length", str(len(body)).encode())] if body or method in ("POST", "PUT", "PATCH") else []),
-        ]
-        # Not build_request: it would add headers of its own.
-        request = httpx.Request(method, url, headers=sent, stream=httpx.ByteStream(body))
-        request.extensions["timeout"] = self._client.timeout.as_dict()
-        return await self._client.send(request, stream=True)
+    async def _relay(self, answer: httpx.Response, plan: Plan | None, send: Send, *, held: bool) -> Seen | None:
+        """Send the answer on; what it said, or None if it was not read or not complete.
 
-    async def _relay(self, answer: httpx.Response, plan: Plan | None, send: Send) -> Seen | None:
-        """Send the answer on; what it said, or None if it was not read or not complete."""
+        `held`: the head waits for the first byte, so that another server may still be asked.
+
+        Raises:
+          _NoAnswer: the server broke off, and nothing was sent to the client yet.
+        """
         kind = answer.headers.get("content-type", "")
         read = plan is not None and answer.status_code == 200 and "content-encoding" not in answer.headers
         streamed = read and kind.startswith("text/event-stream")
@@ -212,6 +239,7 @@ class Proxy:
             "headers": to_client(answer.headers.raw, rewritten=streamed or whole),
         }
         seen: Seen | None = None
+        begun = False
         try:
             if whole and plan is not None:
                 data, seen = self._restored(await answer.aread(), plan)
@@ -220,19 +248,28 @@ class Proxy:
                 await send({"type": "http.response.body", "body": data})
                 return seen
             restorer = StreamRestorer(plan) if streamed and plan is not None else None
-            await send(head)
+            if not held:
+                await send(head)
+                begun = True
             async with aclosing(self._pieces(answer, restorer)) as pieces:
                 async for piece in pieces:
+                    if not begun:
+                        await send(head)
+                        begun = True
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             if restorer is not None and restorer.done:
                 seen = restorer.seen
         except httpx.TransportError as error:
+            if held and not begun:
+                raise _NoAnswer(error) from error
             # The headers are out: the only honest end is an incomplete answer, which is also what the server gave.
             self.counts.broken += 1
             _log.warning(events.UPSTREAM_BROKE_OFF, error=type(error).__name__)
             if whole:
                 await _refuse(send, 502, "the server behind adaptd broke off its answer; retry", "server_error")
             return None
+        if not begun:
+            await send(head)
         await send({"type": "http.response.body", "body": b""})
         return seen
 
@@ -255,6 +292,38 @@ class Proxy:
                 yield piece
         if restorer is not None and (left := restorer.close()):
             yield left
+
+
+class _NoAnswer(Exception):
+    """A server was gone before the client got anything from it."""
+
+    def __init__(self, cause: httpx.TransportError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def _again(scope: Scope, error: httpx.TransportError) -> bool:
+    """Whether another server may be asked: where the first was never reached, or only ever generates.
+
+    Not after a time-out: that request is still being worked on.
+    """
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return True
+    return not isinstance(error, httpx.TimeoutException) and (scope["method"] != "POST" or scope["path"] in PATHS)
+
+
+async def _send(
+    client: httpx.AsyncClient, method: str, url: httpx.URL, headers: RawHeaders, body: bytes, plan: Plan | None
+) -> httpx.Response:
+    sent = [
+        (b"host", url.netloc),
+        *to_server(headers, plain=plan is not None),
+        *([(b"content-length", str(len(body)).encode())] if body or method in ("POST", "PUT", "PATCH") else []),
+    ]
+    # Not build_request: it would add headers of its own.
+    request = httpx.Request(method, url, headers=sent, stream=httpx.ByteStream(body))
+    request.extensions["timeout"] = client.timeout.as_dict()
+    return await client.send(request, stream=True)
 
 
 def _url(base: httpx.URL, scope: Scope) -> httpx.URL:

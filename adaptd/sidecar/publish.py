@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from adaptd import events
 from adaptd.log import logger
-from checkpoints.store import CheckpointStore
 
 _log = logger(__name__)
 
@@ -33,11 +32,19 @@ class DraftPublisher(Protocol):
         ...
 
 
+class HasCurrent(Protocol):
+    """What a follower follows."""
+
+    def current(self) -> int | None:
+        """The version that is to serve; None is day 0."""
+        ...
+
+
 class PublishFollower:
     """Follows CURRENT with a publisher. A version that fails is tried again after a pause; serving goes on meanwhile.
 
     Args:
-      store: where versions are published.
+      store: says which version is to serve, a `CheckpointStore` or a stage of a rollout.
       publisher: None if there is none: nothing is brought in.
       retry_s: pause before a version that failed is tried again.
       clock: seconds, monotonic.
@@ -46,7 +53,7 @@ class PublishFollower:
 
     def __init__(
         self,
-        store: CheckpointStore,
+        store: HasCurrent,
         publisher: DraftPublisher | None,
         retry_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,

@@ -52,6 +52,9 @@ class FakeServer(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path == "/tokenize":
+            self._answer({"tokens": list(asked["prompt"].encode())})
+            return
         chat = "chat" in self.path
         depth = asked.get("top_logprobs" if chat else "logprobs") or 0
         ids = TOKENS[: asked["max_tokens"]]

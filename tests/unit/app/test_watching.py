@@ -151,6 +151,39 @@ def test_a_version_that_the_probes_refuse_is_quarantined_too(tmp_path: Path) -> 
     assert "the probe prompts" in refusals(rig.store)[version]
 
 
+def test_a_promotion_that_nobody_told_of_is_watched(tmp_path: Path) -> None:
+    """The learner died between publishing and its report."""
+    rig = Rig(tmp_path)
+    told = rig.watching.promoted
+    rig.watching.promoted = lambda version, k: None  # type: ignore[method-assign]
+    version = rig.publish()
+    rig.watching.promoted = told  # type: ignore[method-assign]
+    for _ in range(2):
+        rig.watching.catch_up(K)
+        assert rig.watching.status()["watching"] == [version]
+    asyncio.run(rig.serve(version, 10, 400))
+    rig.watching.catch_up(K)
+    assert (rig.watching.status()["watching"], rig.watching.settled) == ([], version)
+
+
+def test_what_the_other_servers_follow_is_what_is_confirmed(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.watching.resume()
+    first = rig.publish()
+    assert rig.watching.settled == 0
+    asyncio.run(rig.serve(first, 10, 400))
+    assert rig.watching.settled == first
+    asyncio.run(rig.serve(rig.publish(), 2, 400))
+    assert rig.watching.settled == rig.store.current() == 3
+    again = Rig(tmp_path)
+    again.watching.resume()
+    assert again.watching.settled == 3
+    again.publish()
+    last = Rig(tmp_path)
+    last.watching.resume()
+    assert last.watching.settled == 3
+
+
 def test_switched_off_nothing_is_watched(tmp_path: Path) -> None:
     rig = Rig(tmp_path, watch=False)
     asyncio.run(rig.serve(rig.publish(), 0, 400))

@@ -122,12 +122,23 @@ def test_what_stays_unconfirmed_after_a_step_back_is_watched_under_its_new_numbe
 
 
 def test_only_requests_of_watched_versions_and_known_domains_count() -> None:
-    watch = ChainWatch(max_requests=10)
+    watch = ChainWatch()
     watch.promoted(2, 1, BEFORE)
     for _ in range(50):
         assert watch.observe(1, "d", 0.0) is None, "served by the version before"
         assert watch.observe(2, "new", 0.0) is None, "nothing is known of it from before"
-    assert watch.status()["requests"] == 0
+    assert (watch.status()["requests"], watch.status()["accepted"]) == (50, None)
+
+
+def test_a_version_that_cannot_be_compared_is_let_be_in_time() -> None:
+    """Else the other servers would wait for it for ever."""
+    watch = ChainWatch(max_requests=20)
+    watch.promoted(1, 0, BEFORE)
+    for share in (0.2, 0.2):
+        watch.observe(1, "d", share)
+    found = [watch.observe(1, "new", 0.0) for _ in range(18)]
+    assert not any(found[:-1])
+    assert isinstance(found[-1], Confirmed), "two requests are not enough to go back for"
 
 
 def test_a_domain_is_compared_with_itself_when_the_mixture_moves() -> None:

@@ -30,6 +30,7 @@ class Cluster:
 @pytest.fixture
 def daemon(tmp_path: Path) -> SidecarDaemon:
     made = SidecarDaemon(load(None, ["engine.kind=vllm", f"state_dir={tmp_path}", "engine.k=4"]))
+    made.upstream.servers[0].upstream.up = True
     made.learner, made._cluster = Learner(4), Cluster()  # type: ignore[assignment]
     return made
 
@@ -41,7 +42,7 @@ def test_a_server_that_nobody_has_seen_changes_nothing(daemon: SidecarDaemon) ->
 
 def test_the_depth_is_adopted_and_the_learner_starts_again_with_it(daemon: SidecarDaemon) -> None:
     old = daemon.learner
-    daemon.upstream.capabilities = Capabilities(models=("m",), k=2, target_id="t")
+    daemon.upstream.servers[0].upstream.capabilities = Capabilities(models=("m",), k=2, target_id="t")
     for _ in range(2):
         daemon._follow_server()
     assert (daemon.config.engine.k, daemon.learner.k, daemon.learner.targets) == (2, 2, ["t"])
@@ -51,6 +52,6 @@ def test_the_depth_is_adopted_and_the_learner_starts_again_with_it(daemon: Sidec
 
 def test_another_target_reaches_the_learner_once(daemon: SidecarDaemon) -> None:
     for name in ("a", "a", "", "a", "b"):
-        daemon.upstream.capabilities = Capabilities(models=("m",), k=4, target_id=name)
+        daemon.upstream.servers[0].upstream.capabilities = Capabilities(models=("m",), k=4, target_id=name)
         daemon._follow_server()
     assert daemon.learner.targets == ["a", "b"]

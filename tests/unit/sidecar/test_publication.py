@@ -68,7 +68,7 @@ class Setting:
         file = UpdateFile(self.updates / f"v{version:06d}.safetensors", "ab" * 32, 14, 1000)
         return Update(version, f"c{version}", file, Promise(self.promise if version else None, 0))
 
-    async def rollback(self, reason: str) -> None:
+    async def rollback(self, version: int, reason: str) -> None:
         self.reasons.append(reason)
         self.store.version = 1
 
