@@ -1,0 +1,53 @@
+"""Rows of `adaptd status` on what live traffic says of versions, and on several servers."""
+
+from typing import Any
+
+from adaptd.report.status import _watch_row, server_rows
+
+WATCH: dict[str, Any] = {
+    "on": True,
+    "watching": [4, 5],
+    "before": 3,
+    "requests": 120,
+    "max_requests": 400,
+    "accepted": 0.512,
+    "expected": 0.5,
+    "promised_gain": 0.031,
+    "promise": "open",
+    "confirmed": 2,
+    "rolled_back": 1,
+    "quarantined": {"2": "acceptance fell"},
+    "quarantine_error": None,
+}
+
+
+def test_the_watch_says_what_is_compared_promised_and_refused() -> None:
+    row = _watch_row(WATCH)
+    assert "version 4, 5 against version 3: 120 of 400 requests, 51.2% accepted, 50.0% expected" in row
+    assert "promise of +3.1% is open" in row
+    assert "quarantined[/]: 2" in row
+    assert "gate.watch is false" in _watch_row({**WATCH, "on": False})
+    idle = {**WATCH, "watching": [], "promise": "none", "quarantined": {}}
+    assert _watch_row(idle) == "nothing unconfirmed; confirmed 2, rolled back 1"
+    first = {**WATCH, "before": 0, "requests": 0, "accepted": None, "expected": None}
+    assert "against day 0: 0 of 400 requests;" in _watch_row(first)
+
+
+def test_a_watch_whose_requests_cannot_be_compared_says_so_without_figures() -> None:
+    assert "120 of 400 requests, - accepted" in _watch_row({**WATCH, "accepted": None, "expected": None})
+
+
+def test_each_of_several_servers_has_a_row() -> None:
+    up = {"up": True, "left_out": None, "error": "", "version": "0.32.0", "draft_version": 3, "in_flight": 2}
+    servers = [
+        {**up, "url": "http://a"},
+        {**up, "url": "http://b", "left_out": "it differs"},
+        {**up, "url": "http://c", "up": False, "error": "ConnectError"},
+    ]
+    rows = server_rows({"servers": servers, "canary": "http://a"})
+    assert rows == {
+        "server 1": "http://a, takes new drafts first; vLLM 0.32.0, draft version 3, 2 in flight",
+        "server 2": "http://b; [red]left out[/]: it differs",
+        "server 3": "http://c; [red]down[/]: ConnectError",
+    }
+    assert server_rows({"servers": servers[:1], "canary": None}) == {}
