@@ -20,7 +20,15 @@ _OF_PUBLISHING = NEEDED | {"address"}
 
 
 def vllm_checks(config: Config) -> Iterator[Check]:
-    """Checks of the server at `upstream.url`. Reads only."""
+    """Checks of every server of section `upstream`. Reads only."""
+    servers = config.upstream.servers
+    for number, upstream in enumerate(servers, 1):
+        for check in _of_one(config.model_copy(update={"upstream": upstream})):
+            yield check if len(servers) == 1 else check._replace(name=f"server {number}: {check.name}")
+
+
+def _of_one(config: Config) -> Iterator[Check]:
+    """Checks of the server at `upstream.url`."""
     upstream = config.upstream
     never, state = "", "ok"
     try:

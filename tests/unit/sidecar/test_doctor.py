@@ -35,3 +35,13 @@ def test_the_targets_weights_are_not_read_where_the_server_has_them(monkeypatch:
     found = {c.name: c for c in doctor._models(load(None, ["engine.kind=vllm"]))}
     assert found["models"].found.startswith("target in the server")
     assert found["vocabulary"].state == "ok"
+
+
+def test_each_of_several_servers_is_checked_under_its_number() -> None:
+    ports = []
+    for _ in range(2):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            ports.append(free.getsockname()[1])
+    urls = ", ".join(f'"http://127.0.0.1:{port}"' for port in ports)
+    found = [c.name for c in vllm_checks(load(None, [f"upstream.urls=[{urls}]", "engine.kind=vllm"]))]
+    assert {"server 1: address", "server 2: address"} <= set(found)
