@@ -24,7 +24,7 @@ from torch.nn import functional
 #: 2^-11), so the mass left over by K of them carries noise far above this; the floor only keeps the logarithm finite.
 TAIL_FLOOR = 1e-8
 
-#: Target entropy, in nats, at which `entropy_adaptive` weighs its two divergences equally, and the width of the change.
+#: Target entropy, in nats, at which `entropy_adaptive` has half of its TV left, and the width of the change.
 ENTROPY_MIDPOINT_NATS = 1.0
 ENTROPY_WIDTH_NATS = 0.25
 
@@ -206,29 +206,33 @@ def entropy_adaptive(
     q: Tensor,
     midpoint: float = ENTROPY_MIDPOINT_NATS,
     width: float = ENTROPY_WIDTH_NATS,
-    beta: float = 0.5,
+    tv_weight: float = 1.0,
 ) -> Tensor:
-    """(1 - w) KL(q || p) + w JSD_beta(p, q) with w = sigmoid((H(p) - midpoint) / width), in nats, at least 0.
+    """KL(p || q) + tv_weight w TV(p, q) with w = sigmoid((midpoint - H(p)) / width), in nats, at least 0.
 
-    Reverse KL where the target is sure, JSD where it is not: "Forward or reverse KL?" finds the former best on
-    low-entropy tasks and the latter on high-entropy ones, and names a divergence that adapts as future work. w is
-    smooth and strictly increasing in H(p), a constant with respect to the draft.
+    Where the target is sure, TV asks for the acceptance itself; where it is not, KL alone covers what may be said. w is
+    smooth and strictly decreasing in H(p), a constant with respect to the draft.
+
+    "Forward or reverse KL?" (reference/papers.md, paper 2) names an adaptive divergence as future work and finds reverse KL
+    best where the target is sure, JSD where it is not. Weighed between these two it was among the three worst soft objectives
+    at every temperature (docs/experiments.md, "Objective"); this form is level with the best.
 
     Args:
       p, q: [N, M] log-probabilities.
-      midpoint: entropy in nats at which both weigh the same.
-      width: nats over which the weight moves from 1/2 to 0.73; above 0.
-      beta: of the JSD.
+      midpoint: entropy in nats at which half of the weight is left.
+      width: nats over which w moves from 1/2 to 0.27; above 0.
+      tv_weight: nats per unit of total variation where the target is sure, at least 0.
 
     Returns: [N].
-    Raises: ValueError: shapes differ, width not positive, beta outside (0, 1).
+    Raises: ValueError: shapes differ, width not positive, tv_weight negative.
     """
     _require_same_shape(p, q)
     if width <= 0.0:
         raise ValueError(f"width ({width}) must be above 0 nats")
-    position = ((entropy(p) - midpoint) / width).detach()
-    # sigmoid(-x), not 1 - sigmoid(x): keeps its precision where the other weight is close to 1.
-    return torch.sigmoid(-position) * reverse_kl(p, q) + torch.sigmoid(position) * jensen_shannon(p, q, beta)
+    if tv_weight < 0.0:
+        raise ValueError(f"tv_weight ({tv_weight}) must be at least 0")
+    weight = torch.sigmoid((midpoint - entropy(p)) / width).detach()
+    return forward_kl(p, q) + tv_weight * weight * total_variation(p, q)
 
 
 def kl_tv(p: Tensor, q: Tensor, tv_weight: float = 1.0) -> Tensor:

@@ -40,7 +40,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
             Objective("kl_tv", divergence.kl_tv, soft=True, options=("tv_weight",)),
             Objective("cross_entropy", divergence.cross_entropy, soft=False),
             Objective(
-                "entropy_adaptive", divergence.entropy_adaptive, soft=True, options=("midpoint", "width", "beta")
+                "entropy_adaptive", divergence.entropy_adaptive, soft=True, options=("midpoint", "width", "tv_weight")
             ),
             Objective("acceptance_length", divergence.acceptance_length, soft=True, blocks=True),
         )

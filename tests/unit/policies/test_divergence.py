@@ -209,26 +209,26 @@ def test_gradients_are_finite_with_padding_in_both(function: Callable[[Tensor, T
     assert logits.grad[0, 0] != 0.0
 
 
-def test_entropy_adaptive_is_reverse_kl_for_a_sure_target_and_jsd_for_an_unsure_one() -> None:
+def test_entropy_adaptive_is_kl_and_tv_for_a_sure_target_and_kl_for_an_unsure_one() -> None:
     sure, unsure = torch.tensor([[40.0, 0.0, 0.0]]).log_softmax(-1), torch.zeros(1, 3).log_softmax(-1)
     q = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    at = {"midpoint": 0.5, "width": 0.02}
+    at = {"midpoint": 0.5, "width": 0.02, "tv_weight": 3.0}
     low, high = divergence.entropy_adaptive(sure, q, **at), divergence.entropy_adaptive(unsure, q, **at)
-    torch.testing.assert_close(low, divergence.reverse_kl(sure, q))
-    torch.testing.assert_close(high, divergence.jensen_shannon(unsure, q))
+    torch.testing.assert_close(low, divergence.kl_tv(sure, q, tv_weight=3.0))
+    torch.testing.assert_close(high, divergence.forward_kl(unsure, q))
 
 
-def test_entropy_adaptive_moves_smoothly_and_only_towards_jsd_as_the_target_gets_less_sure() -> None:
+def test_entropy_adaptive_moves_smoothly_and_only_towards_kl_as_the_target_gets_less_sure() -> None:
     """The weight is solved from the value; a step or a plateau in it would make the loss jump between two tokens."""
     # From one-hot to uniform: entropy rises along the path.
     sharpness = torch.linspace(6.0, 0.0, 400, dtype=torch.float64)[:, None]
     p = (sharpness * torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)).log_softmax(-1)
     q = torch.tensor([[0.2, 0.5, 0.1, 0.1, 0.1]], dtype=torch.float64).log().expand_as(p)
-    reverse, jsd = divergence.reverse_kl(p, q), divergence.jensen_shannon(p, q)
-    weight = (reverse - divergence.entropy_adaptive(p, q, midpoint=1.0, width=0.25)) / (reverse - jsd)
-    assert (weight.diff() > 0).all()
-    assert weight.diff().max() < 0.02
-    torch.testing.assert_close(weight, torch.sigmoid((divergence.entropy(p) - 1.0) / 0.25))
+    found = divergence.entropy_adaptive(p, q, midpoint=1.0, width=0.25)
+    weight = (found - divergence.forward_kl(p, q)) / divergence.total_variation(p, q)
+    assert (weight.diff() < 0).all()
+    assert weight.diff().min() > -0.02
+    torch.testing.assert_close(weight, torch.sigmoid((1.0 - divergence.entropy(p)) / 0.25))
 
 
 def test_cross_entropy_is_minus_the_log_probability_of_the_token() -> None:
@@ -320,6 +320,7 @@ def test_acceptance_length_at_certain_outcomes_has_finite_gradients() -> None:
         (lambda: divergence.draft_with_tail(torch.zeros(2, 3), torch.zeros(1, 2).long()), r"ids \(1 rows\)"),
         (lambda: divergence.jensen_shannon(torch.zeros(1, 2), torch.zeros(1, 2), beta=1.0), r"beta \(1.0\)"),
         (lambda: divergence.entropy_adaptive(torch.zeros(1, 2), torch.zeros(1, 2), width=0.0), r"width \(0.0\)"),
+        (lambda: divergence.entropy_adaptive(torch.zeros(1, 2), torch.zeros(1, 2), tv_weight=-1.0), r"tv_weight \(-1"),
         (lambda: divergence.kl_tv(torch.zeros(1, 2), torch.zeros(1, 2), tv_weight=-1.0), r"tv_weight \(-1.0\)"),
         (lambda: divergence.cross_entropy(torch.zeros(2, 3), torch.zeros(3).long()), r"token_ids \(3,\)"),
     ],
