@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 # A vLLM server for the tests against the real thing, apart from .venv: it pins other versions of torch and transformers.
 ADAPTD_VLLM ?= .vllm
 VLLM_STAMP := .vllm/.installed
+VLLM_TESTS ?= tests/integration/vllm
 
 .PHONY: demo test test-all test-vllm lint bench docs wheel-test clean
 
@@ -20,7 +21,7 @@ test-all: $(STAMP)
 	$(BIN)/pytest -m "not vllm"
 
 test-vllm: $(STAMP) $(if $(filter .vllm,$(ADAPTD_VLLM)),$(VLLM_STAMP))
-	ADAPTD_VLLM=$(ADAPTD_VLLM) $(BIN)/pytest -m vllm tests/integration/vllm
+	ADAPTD_VLLM=$(ADAPTD_VLLM) $(BIN)/pytest -m vllm $(VLLM_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
