@@ -165,9 +165,10 @@ def shape(body: str) -> Any:
 @pytest.mark.parametrize(("path", "body"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_an_answer_is_the_servers_own(vllm: Any, proxied: Any, path: str, body: dict[str, Any]) -> None:
     same = shape if body.get("temperature") else normal  # see docs/sidecar.md: this build does not sample as it should
-    for attempt in range(3):  # how many tokens one event carries is up to the server's load
+    # How many tokens one event carries is up to the server's load, and where this build samples, also up to what it draws.
+    for _ in range(10 if same is shape else 3):
         direct, through = (httpx.post(f"{url}{path}", json=body, timeout=60) for url in (vllm.url, proxied.url))
-        if same(through.text) == same(direct.text) or attempt == 2:
+        if same(through.text) == same(direct.text):
             break
     assert through.status_code == direct.status_code
     kept = {"content-type", "server", "vary", "date", "transfer-encoding"}
