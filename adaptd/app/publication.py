@@ -24,6 +24,7 @@ from adaptd.sidecar.client import VllmClient, is_loopback
 from adaptd.sidecar.publish import HasCurrent, PublishFollower
 from adaptd.sidecar.publisher import Publisher
 from adaptd.sidecar.upstream import Upstream
+from buffers.connection import masked
 
 _log = logger(__name__)
 #: Before a server that cannot take drafts is asked again; one that came back is asked at once.
@@ -44,7 +45,7 @@ def why_not(config: Config) -> str:
         check_publishable(ScopeConfig(**config.adapt.model_dump(), seed=config.seed))
         if not (config.upstream.publish_remote or is_loopback(config.upstream.url)):
             raise ConfigError(
-                f"the server at {config.upstream.url} can be reached from other machines, and its development routes, "
+                f"the server at {masked(config.upstream.url)} can be reached from other machines, and its development routes, "
                 "which replace weights, have no key: set upstream.publish_remote: true if only adaptd can reach them"
             )
     except ConfigError as error:
@@ -133,7 +134,7 @@ class Publication:
             return False  # down, and its pause with it; looked at again with every poll
         if resumed:
             self._remember("server resumed", reason="a publication that was cut off had left it paused")
-            _log.warning(events.UPSTREAM_RESUMED, upstream=self._config.upstream.url)
+            _log.warning(events.UPSTREAM_RESUMED, upstream=self._client.url)
         return resumed
 
     def start(self) -> None:

@@ -19,6 +19,7 @@ from adaptd.sidecar.probes import Prober
 from adaptd.sidecar.publisher import Publisher
 from adaptd.sidecar.update import Update
 from adaptd.sidecar.writer import UpdateWriter
+from buffers.connection import masked
 from buffers.errors import TableUnavailable
 from buffers.table import ReplayTable
 from checkpoints.errors import CheckpointError
@@ -53,7 +54,7 @@ def build_publisher(
     """
     if not (allow_remote or is_loopback(url)):
         raise ConfigError(
-            f"the server at {url} can be reached from other machines, and vLLM's development routes, by which weights "
+            f"the server at {masked(url)} can be reached from other machines, and vLLM's development routes, by which weights "
             "are replaced, have no key: let it listen on loopback or a unix socket, or set upstream.publish_remote: true"
         )
     client = VllmClient(url, headers=headers)

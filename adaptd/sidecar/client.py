@@ -14,6 +14,7 @@ import httpx
 
 from adaptd.errors import UpstreamUnavailable
 from adaptd.sidecar.metrics import ServerMetrics, parse_metrics
+from buffers.connection import masked
 
 #: A connection a request. vLLM closes a connection after an answer of 500 without saying so, as well as one that was
 #: idle for 5 s: the next request on it would fail, and that may be the one which resumes the server.
@@ -47,11 +48,13 @@ class VllmClient:
         timeout_s: float = 300.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.url = url.rstrip("/")
-        parts = urlsplit(self.url)
+        address = url.rstrip("/")
+        #: For logs and messages: without user and password.
+        self.url = masked(address)
+        parts = urlsplit(address)
         socket = parts.path if parts.scheme == "unix" else None
         self._http = httpx.AsyncClient(
-            base_url="http://vllm" if socket else self.url,
+            base_url="http://vllm" if socket else address,
             headers=dict(headers or {}),
             timeout=httpx.Timeout(timeout_s, connect=5.0),
             # No proxy of the environment stands between a sidecar and its server.

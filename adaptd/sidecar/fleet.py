@@ -20,7 +20,8 @@ from adaptd.log import logger
 from adaptd.sections import UpstreamConfig
 from adaptd.sidecar.load import Load, LoadMeter
 from adaptd.sidecar.probe import Capabilities
-from adaptd.sidecar.upstream import Upstream, make_client, masked
+from adaptd.sidecar.upstream import Upstream, make_client
+from buffers.connection import masked
 
 _log = logger(__name__)
 

@@ -34,12 +34,6 @@ def make_client(config: UpstreamConfig, *, timeout: httpx.Timeout | None = None)
     )
 
 
-def masked(url: str) -> str:
-    """The address without user and password."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
 class Upstream:
     """Watches one server. `capabilities` are those of the server that is up now, or empty."""
 

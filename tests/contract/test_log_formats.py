@@ -23,7 +23,7 @@ import zstandard
 from adaptd.errors import LogRefused
 from adaptd.ingest.files import expand
 from adaptd.ingest.read import Reading, read_log, unusable
-from adaptd.ingest.record import Record
+from adaptd.ingest.record import Half, Record, Refused, unpack
 from adaptd.ingest.spool import Spool
 
 LOGS = Path(__file__).parent / "logs"
@@ -395,9 +395,11 @@ def test_no_row_whatever_its_types_breaks_a_reader(name: str, tmp_path: Path) ->
     if rows is None:
         return
     (tmp_path / "log").write_text("\n".join(json.dumps(variant) for row in rows for variant in _variants(row)))
-    for found in read_log(str(tmp_path / "log"), Reading(skip_bad=True)):
-        if isinstance(found.item, Record):
-            found.item.pack()
+    found = list(read_log(str(tmp_path / "log"), Reading(skip_bad=True)))
+    assert {type(each.item) for each in found} <= {Record, Half, Refused}
+    assert any(isinstance(each.item, Refused) for each in found)
+    packed = [each.item.pack() for each in found if isinstance(each.item, Record)]
+    assert [unpack(payload).pack() for payload in packed] == packed
 
 
 def _variants(row: Any) -> Iterator[Any]:

@@ -16,6 +16,10 @@ import httpx
 import openai
 import pytest
 
+from tests.integration.waiting import waiter
+
+wait_for = waiter(90)
+
 pytestmark = [pytest.mark.ray, pytest.mark.redis]
 
 START_S = 180
@@ -73,15 +77,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     yield daemon
     if daemon.process.poll() is None:
         daemon.process.kill()
-
-
-def wait_for(what: str, condition: Any, seconds: float = 90) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.5)
-    raise AssertionError(f"timed out waiting for {what}")
 
 
 def test_chat_streams_and_gives_the_same_text_as_without_streaming(served: Served) -> None:

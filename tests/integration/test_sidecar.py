@@ -19,6 +19,10 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.integration.waiting import waiter
+
+wait_for = waiter(120)
+
 pytestmark = [pytest.mark.ray, pytest.mark.redis]
 
 COMMAND = [sys.executable, "-m", "adaptd.cli.main"]
@@ -110,15 +114,6 @@ def upstream() -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-
-
-def wait_for(what: str, condition: Any, seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.25)
-    raise AssertionError(f"timed out waiting for {what}")
 
 
 def test_the_sidecar_serves_captures_learns_and_stops(upstream: str, tmp_path: Path) -> None:

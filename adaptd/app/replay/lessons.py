@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -121,8 +120,3 @@ class Lessons:
                 rendered = Rendered(rendered.prompt[:1], rendered.prompt[1:])
             found.append((q, label(q.record, rendered, "", self._about)))
         return found
-
-
-def known_time(at: float) -> float | None:
-    """Unix seconds for JSON; None where the log does not say."""
-    return at if math.isfinite(at) else None

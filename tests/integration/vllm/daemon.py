@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,13 @@ import openai
 
 from adaptd.sidecar.client import VllmClient
 from adaptd.sidecar.metrics import SpecCounters
+from tests.integration.waiting import waiter
+
+wait_for = waiter(300)
 
 COMMAND = [sys.executable, "-m", "adaptd.cli.main"]
 ROOT = Path(__file__).parents[3]
 MAX_TOKENS = 64
-
-
-def wait_for(what: str, condition: Any, seconds: float = 300) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.25)
-    raise AssertionError(f"timed out waiting for {what}")
 
 
 class ServedDaemon:

@@ -11,7 +11,8 @@ import pytest
 from adaptd.config import load
 from adaptd.errors import ConfigError
 from adaptd.sections import UpstreamConfig
-from adaptd.sidecar.fleet import Fleet
+from adaptd.sidecar.client import VllmClient
+from adaptd.sidecar.fleet import Fleet, Server
 from adaptd.sidecar.proxy import Done, Proxy
 from adaptd.sidecar.request import plan
 from adaptd.sidecar.rollout import Rollout
@@ -320,3 +321,9 @@ def test_dots_and_codes_do_not_hide_a_development_route(two: Setting) -> None:
             assert b"development_routes" in content
 
     asyncio.run(run())
+
+
+def test_names_of_servers_keep_a_socket_and_no_password() -> None:
+    names = [Server(UpstreamConfig(url=url)).name for url in ("unix:///tmp/a.sock", "http://me:secret@a:80")]
+    assert names == ["unix:///tmp/a.sock", "http://a:80"]
+    assert VllmClient("http://me:secret@a:80/").url == "http://a:80"

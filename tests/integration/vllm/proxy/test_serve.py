@@ -15,6 +15,10 @@ import httpx
 import openai
 import pytest
 
+from tests.integration.waiting import waiter
+
+wait_for = waiter(300)
+
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.redis, pytest.mark.slow]
 
 COMMAND = [sys.executable, "-m", "adaptd.cli.main"]
@@ -68,15 +72,6 @@ def served(vllm: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     yield daemon
     if daemon.process.poll() is None:
         daemon.process.kill()
-
-
-def wait_for(what: str, condition: Any, seconds: float = 300) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.5)
-    raise AssertionError(f"timed out waiting for {what}")
 
 
 def test_traffic_becomes_acceptance_and_traces(served: Served) -> None:
