@@ -132,6 +132,8 @@ class LearnConfig(_Section):
     """Longest trace in a training batch, in tokens, cut on the left."""
     threads: int = Field(1, ge=1)
     """CPU threads of the learner."""
+    niceness: int = Field(10, ge=0, le=19)
+    """Processor priority that learner and publisher give up, 0 (none) to 19; decoders keep theirs."""
 
 
 class CaptureConfig(_Section):

@@ -18,16 +18,13 @@ from buffers.errors import TableUnavailable
 from buffers.open import open_table
 from policies.triggers import LearnTrigger
 
-#: The learner yields to decoders on the same cores.
-_NICENESS = 10
-
 
 class LearnerActor:
     """The one learner. `tick` runs in the default group; `status` answers from another while it runs."""
 
     def __init__(self, config: Config, buffer_url: str) -> None:
         log.configure(config.log.level, config.log.style)
-        set_threads(config.learn.threads, _NICENESS)
+        set_threads(config.learn.threads, config.learn.niceness)
         device, _ = placement(config, config.ray.learner_gpus)
         draft, identity = load_draft(config, device, "float32", serving=False)
         table = open_table(buffer_url, config.deployment, **config.buffer.model_dump(exclude={"url"}))

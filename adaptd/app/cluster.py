@@ -8,6 +8,8 @@ from typing import Any
 
 # Ray reports usage over the network unless told otherwise; a sidecar must not.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray gives its workers a niceness of 15: whatever else runs on the machine would come before the requests of a decoder.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group

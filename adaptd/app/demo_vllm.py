@@ -108,7 +108,14 @@ def _run(config: Config, program: Path, phases: Sequence[Phase], report: Path, f
     target, plugin, k = resolve(config.target.model, "target"), plugin_folder(folder / "plugin"), config.engine.k
     console.print(f"starting vLLM; log in {report / 'vllm.log'}")
     with vllm_server(
-        program, target, folder / "draft", plugin, k=k, name=_MODEL, log=_fresh(report / "vllm.log")
+        program,
+        target,
+        folder / "draft",
+        plugin,
+        k=k,
+        name=_MODEL,
+        niceness=config.learn.niceness,
+        log=_fresh(report / "vllm.log"),
     ) as server:
         console.print(f"vLLM is up after {time.monotonic() - started:.0f} s; asking the day-0 draft first")
         frozen = [Leg(phase.domain) for phase in phases]

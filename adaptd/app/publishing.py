@@ -25,9 +25,6 @@ from buffers.table import ReplayTable
 from checkpoints.errors import CheckpointError
 from checkpoints.store import CheckpointStore
 
-#: Folding yields to whatever serves on the same cores.
-_NICENESS = 10
-
 
 def build_publisher(
     config: Config,
@@ -84,7 +81,7 @@ class WriterActor:
 
     def __init__(self, config: Config, folder: Path) -> None:
         log.configure(config.log.level, config.log.style)
-        set_threads(config.learn.threads, _NICENESS)
+        set_threads(config.learn.threads, config.learn.niceness)
         draft, identity = load_draft(config, "cpu", "auto", serving=True)
         store = CheckpointStore(config.home / "checkpoints")
         self._writer = UpdateWriter(draft, store, folder, identity.tokenizer_hash)

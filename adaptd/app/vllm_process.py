@@ -62,7 +62,7 @@ def plugin_folder(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def vllm_server(
-    program: Path, target: str, draft: Path, plugin: Path, *, k: int, name: str, log: Path
+    program: Path, target: str, draft: Path, plugin: Path, *, k: int, name: str, niceness: int, log: Path
 ) -> Iterator[str]:
     """Run one on a free loopback port; gives its address. Whatever happens inside, it is stopped afterwards.
 
@@ -72,6 +72,7 @@ def vllm_server(
       plugin: `plugin_folder`.
       k: tokens proposed a round.
       name: that clients use.
+      niceness: of the server; the learner's, where they share cores, or the one starves the other.
       log: file that its output goes to.
 
     Raises:
@@ -96,8 +97,7 @@ def vllm_server(
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    # Where they share cores, as on a laptop, the server must not starve the learner, which runs at this niceness.
-    command = ["nice", "-n", "19", *command]
+    command = ["nice", "-n", str(niceness), *command]
     url = f"http://127.0.0.1:{port}"
     with process(command, environment, log) as running:
         await_health(f"{url}/health", running, log, "vLLM")

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from tests.integration.waiting import waiter
@@ -105,6 +106,18 @@ def test_bad_requests_are_refused_by_name(served: Served) -> None:
     answer = httpx.post(f"{served.url}/v1/completions", content=b"{", headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="niceness of another process's threads, as Linux shows it")
+def test_decoders_keep_their_priority_and_the_learner_gives_way(served: Served) -> None:
+    def niceness(actor: str) -> int:
+        found = [p for p in psutil.Process(served.process.pid).children(recursive=True) if f"::{actor}" in p.name()]
+        assert len(found) == 1, found
+        return int(found[0].nice())
+
+    own = os.nice(0)
+    assert niceness("DecoderActor") == own
+    assert niceness("LearnerActor") == min(19, own + 10)
 
 
 def test_status_and_metrics_show_the_traffic(served: Served) -> None:

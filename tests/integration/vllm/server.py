@@ -58,8 +58,8 @@ class VllmServer:
         """Start, and wait until it is healthy."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                # The learner's, whose niceness Ray raises too: server and learner then get equal shares of a few cores.
-                ["nice", "-n", "19", *self._command],
+                # The learner's: server and learner then get equal shares of a few cores.
+                ["nice", "-n", "10", *self._command],
                 env=self._environment,
                 stdout=log,
                 stderr=log,
