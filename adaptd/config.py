@@ -130,6 +130,8 @@ class LearnConfig(_Section):
     """Refusals in a row after which learning restarts from the published version."""
     max_tokens: int = Field(384, ge=16)
     """Longest trace in a training batch, in tokens, cut on the left."""
+    prompt_gradient: bool = False
+    """Also learn through what the prompt's tokens leave behind for the answer's: dearer, and no better."""
     threads: int = Field(1, ge=1)
     """CPU threads of the learner."""
     niceness: int = Field(10, ge=0, le=19)

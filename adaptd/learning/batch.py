@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -106,17 +107,21 @@ def collate(traces: Sequence[Trace], max_tokens: int, device: torch.device | str
 _WORTH_SPLITTING = 0.15
 
 
-def draft_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+def draft_logits(model: PreTrainedModel, batch: Batch, *, prompt_gradient: bool = True) -> Tensor:
     """The draft's logits at every captured position, [N, V] float32.
 
     Only those positions go through the output head, the dearest part of a small draft: a hook picks them in front of
     it, so that whatever an architecture does to logits behind its head is still done. On a CPU, where every padded
     token costs, short and long traces go separately.
+
+    Args:
+      prompt_gradient: False: what stands in front of the first captured position of a row is read first, without a
+        gradient. The logits are the same; of a long prompt and a short answer a step keeps the answer's activations alone.
     """
     openness = _openness(model, batch)
     groups = _by_length(batch.widths) if batch.input_ids.device.type == "cpu" else [list(range(len(batch.widths)))]
     if len(groups) == 1:
-        return _forward(model, batch.input_ids, batch.row, batch.column, openness)
+        return _forward(model, batch.input_ids, batch.row, batch.column, openness, prompt_gradient)
     parts, places = [], []
     for group in groups:
         place = torch.full((len(batch.widths),), -1)
@@ -124,7 +129,7 @@ def draft_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
         here = torch.nonzero(place[batch.row] >= 0)[:, 0]
         ids = batch.input_ids[group, : max(batch.widths[i] for i in group)]
         rows = None if openness is None else openness[group]
-        parts.append(_forward(model, ids, place[batch.row[here]], batch.column[here], rows))
+        parts.append(_forward(model, ids, place[batch.row[here]], batch.column[here], rows, prompt_gradient))
         places.append(here)
     place = torch.cat(places)
     joined = torch.cat(parts)
@@ -141,20 +146,73 @@ def _openness(model: PreTrainedModel, batch: Batch) -> Tensor | None:
     return opened
 
 
-def _forward(model: PreTrainedModel, input_ids: Tensor, row: Tensor, column: Tensor, openness: Tensor | None) -> Tensor:
+def _forward(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    row: Tensor,
+    column: Tensor,
+    openness: Tensor | None,
+    prompt_gradient: bool,
+) -> Tensor:
     with conditioned(model, openness) as gate:
+        read = (None if prompt_gradient else _read_prompts(model, input_ids, row, column)) or _Read(
+            input_ids, column, {}
+        )
 
         def pick(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if openness is not None:
                 gate.value = openness[row, 0][None]
-            return (inputs[0][row, column][None],)
+            return (inputs[0][row, read.column][None],)
 
         handle = model.get_output_embeddings().register_forward_pre_hook(pick)
         try:
-            logits: Tensor = model(input_ids=input_ids, use_cache=False).logits[0].float()
+            logits: Tensor = model(input_ids=read.input_ids, use_cache=bool(read.cache), **read.cache).logits[0].float()
         finally:
             handle.remove()
     return logits
+
+
+class _Read(NamedTuple):
+    """What a forward pass still has to read."""
+
+    input_ids: Tensor
+    """[B, T]."""
+    column: Tensor
+    """[N], as in `Batch`, counted in these tokens."""
+    cache: dict[str, Any]
+    """Arguments of the model that stand for what was read already."""
+
+
+def _read_prompts(model: PreTrainedModel, input_ids: Tensor, row: Tensor, column: Tensor) -> _Read | None:
+    """Read each row up to its first column; None if there is nothing to read.
+
+    Prompts are padded on the left there, as in batched generation, so that a sliding window holds the same tokens of
+    each; answers on the right.
+    """
+    rows, device = len(input_ids), input_ids.device
+    start = torch.full((rows,), input_ids.shape[1], device=device).scatter_reduce(0, row, column, "amin")
+    end = torch.zeros(rows, dtype=torch.int64, device=device).scatter_reduce(0, row, column, "amax") + 1
+    start = start.minimum(end - 1)  # a row without captured positions
+    longest, rest = int(start.max()), int((end - start).max())
+    if longest == 0:
+        return None
+    place = torch.arange(longest, device=device) - (longest - start)[:, None]
+    known = place >= 0
+    with torch.no_grad():
+        past = model.base_model(
+            input_ids=input_ids.gather(1, place.clamp(min=0)),
+            attention_mask=known.long(),
+            position_ids=place.clamp(min=0),
+            use_cache=True,
+        ).past_key_values
+    behind = start[:, None] + torch.arange(rest, device=device)
+    mask = torch.cat([known, torch.ones_like(behind, dtype=torch.bool)], 1).long()
+    return _Read(
+        # Beyond a row's end stands its last token again: padding, which no column looks at.
+        input_ids.gather(1, behind.clamp(max=input_ids.shape[1] - 1)),
+        column - start[row],
+        {"past_key_values": past, "attention_mask": mask, "position_ids": behind},
+    )
 
 
 def _by_length(widths: Sequence[int]) -> list[list[int]]:

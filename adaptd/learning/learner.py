@@ -82,6 +82,7 @@ class DraftLearner:
       weight_decay: decoupled.
       clip: largest gradient norm.
       max_tokens: longest sequence in a batch.
+      prompt_gradient: also learn through what a prompt's tokens leave behind for the answer; dearer (`draft_logits`).
       priority: what makes a trace worth replaying, after each step; tau: threshold of the SurpriseRatio.
       average_decay: of the moving average that is judged and published; 0 publishes the weights of the last step.
     """
@@ -96,6 +97,7 @@ class DraftLearner:
         "warmup_steps",
         "clip",
         "max_tokens",
+        "prompt_gradient",
         "priority",
         "tau",
         "average_decay",
@@ -114,6 +116,7 @@ class DraftLearner:
         warmup_steps: int = 0,
         clip: float = 1.0,
         max_tokens: int = 384,
+        prompt_gradient: bool = False,
         priority: Priority = "surprise",
         tau: float = 1.0,
         average_decay: float = 0.92,
@@ -126,6 +129,7 @@ class DraftLearner:
         self.draft, self._k, self._rejection_weight = draft, k, rejection_weight
         self._objective, self._lr, self._warmup, self._clip = objective, lr, warmup_steps, clip
         self._max_tokens, self._priority, self._tau = max_tokens, priority, tau
+        self._prompt_gradient = prompt_gradient
         self._weight_decay, self._average_decay, self._optimizer = weight_decay, average_decay, optimizer
         self._parameters = draft.trainable()
         self.steps = 0
@@ -168,7 +172,7 @@ class DraftLearner:
         rows = batch.judged[kept] if self._reference is not None else batch.judged[:0]
         # In front of the forward pass that learns: it needs the weights as they are when gradients are taken.
         reference = self._reference_logprobs([s.trace for s in samples if s.info.stratum == "anchors"], device)
-        logits = draft_logits(self.draft.model, batch)
+        logits = draft_logits(self.draft.model, batch, prompt_gradient=self._prompt_gradient)
         # Where every position was captured there is nothing to pick, and a copy of [N, V] and of its gradient to save.
         judged = logits if len(batch.judged) == len(logits) else logits[batch.judged]
         p, q = with_tail(batch.topk_logprobs), draft_with_tail(judged, batch.topk_ids)

@@ -143,7 +143,7 @@ def test_an_unknown_learner_is_named_with_the_known_ones() -> None:
 
 
 #: Keys that belong together: a cadence is requests and steps in proportion, a gate that is off has no limit left.
-TOGETHER = {"every_16": 2, "every_64": 2, "gate_off": 2}
+TOGETHER = {"batch_16": 2, "every_16": 2, "every_64": 2, "gate_off": 2}
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs/learners/ablate").glob("*.yaml")), ids=lambda p: p.stem)

@@ -1,8 +1,11 @@
 """Index arithmetic of a batch: which logits row meets which token and which captured distribution."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
 from adaptd.bench.verify import rejections_only
 from adaptd.learning.batch import _by_length, collate, draft_logits
@@ -82,3 +85,54 @@ def test_short_and_long_traces_go_apart_and_come_back_in_order(monkeypatch: pyte
 def test_traces_of_one_length_stay_together() -> None:
     assert len(_by_length([7])) == len(_by_length([7] * 4)) == len(_by_length([7, 7, 8])) == 1
     assert _by_length([30, 2, 31, 3]) == [[1, 3], [0, 2]]
+
+
+def sized(config: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
+    return config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        sized(LlamaConfig),
+        sized(Qwen3Config, head_dim=8),
+        sized(MistralConfig, sliding_window=6),
+        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=256),
+    ],
+    ids=["llama", "qwen3", "sliding window", "gpt2"],
+)
+def test_prompts_read_without_gradient_leave_the_logits_as_they_are(config: PreTrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    traces = [
+        synthetic_trace(np.random.default_rng(i), n_prompt=prompt, n_response=response, vocabulary=VOCAB)
+        for i, (prompt, response) in enumerate([(1, 5), (30, 4), (12, 9), (1, 1), (25, 40)])
+    ]
+    batch = collate(traces, max_tokens=10**6)
+    whole, split = (draft_logits(model, batch, prompt_gradient=on) for on in (True, False))
+    torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_no_gradient_reaches_what_stands_in_front_of_the_answer() -> None:
+    trace = synthetic_trace(np.random.default_rng(0), n_prompt=9, n_response=5, vocabulary=VOCAB)
+    in_front, behind = set(trace.tokens[:8].tolist()), set(trace.tokens[8:-1].tolist())
+    model = tiny(3)
+    table = model.get_input_embeddings().weight.requires_grad_()
+
+    def moved(prompt_gradient: bool) -> set[int]:
+        logits = draft_logits(model, collate([trace], 10**6), prompt_gradient=prompt_gradient)
+        (gradient,) = torch.autograd.grad(logits.logsumexp(-1).sum(), table)
+        return set(gradient.abs().sum(-1).nonzero()[:, 0].tolist())
+
+    assert moved(True) == in_front | behind
+    assert moved(False) == behind
+    assert in_front - behind
