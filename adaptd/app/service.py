@@ -13,6 +13,7 @@ from adaptd.decoding.request import DecodeRequest, Delta, SamplingParams
 from adaptd.errors import DecoderStopped
 from adaptd.models import load
 from adaptd.models.chat import render_chat
+from adaptd.report.split import Baseline
 from adaptd.server.service import Chunk, CompletionInput, Limits, SpeculativeStats, Usage
 
 
@@ -28,8 +29,14 @@ class OperationsService:
         return self._daemon.ready()
 
     async def status(self, since: str | None) -> Mapping[str, Any]:
-        """The daemon's status."""
-        return await self._daemon.status()
+        """The daemon's status, with the trends since then if asked for."""
+        # First: what cannot be read as a time is refused before the actors are asked.
+        trends = {} if since is None else {"trends": await self._daemon.trending.read(since)}
+        return {**await self._daemon.status(), **trends}
+
+    async def report(self, since: str, baseline: Baseline, traces: int) -> Mapping[str, Any]:
+        """A period in figures."""
+        return await self._daemon.report(since, baseline, traces)
 
     def metrics(self) -> bytes:
         """Prometheus text."""
