@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -101,7 +102,8 @@ class Adaptation:
         self._scheduler = AsyncIOScheduler()
         self._scheduler.start()
         self._every(_SNAPSHOT_S, self.status)
-        self._every(self.config.trends.every_s, self.trending.write)
+        # At once too: it then knows which traces an earlier daemon has counted.
+        self._every(self.config.trends.every_s, self.trending.write, next_run_time=datetime.now(UTC))
         if self.config.buffer.url == "embedded":
             self._every(_SNAPSHOT_S, self._keep_redis)
 

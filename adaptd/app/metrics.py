@@ -81,6 +81,9 @@ def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
         yield _counter(f"adaptd_swap_{key}_total", text, sum(d["swap"][key] for d in decoders))
     pauses = [d["swap"]["max_pause_s"] for d in decoders]
     yield _gauge("adaptd_swap_pause_seconds_max", "Longest pause of a hot swap.", max(pauses, default=0.0))
+    series: dict[str, Any] = status["series"]  # type: ignore[assignment]
+    yield _gauge("adaptd_series_available", "1 if the time series takes points.", float(series["error"] is None))
+    yield _counter("adaptd_series_lost_requests_total", "Requests missing in the time series.", series["lost"])
     buffer: dict[str, object] = status["buffer"]  # type: ignore[assignment]
     yield _gauge("adaptd_buffer_available", "1 if the replay buffer answers.", float(bool(buffer["available"])))
     if buffer["available"]:

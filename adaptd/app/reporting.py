@@ -29,7 +29,7 @@ async def report(
       RequestRefused: as `Trending.period`. BufferAway: the store does not answer.
     """
     try:
-        period = await trending.period(since, closer=True)
+        period = await trending.period(since)
         return about | await asyncio.to_thread(_report, trending, table, since, period, baseline, n_traces)
     except TableUnavailable as error:
         raise BufferAway(str(error)) from error

@@ -194,11 +194,8 @@ class Trending:
             series.describe(json.dumps(held))
         self._groups_since, self._described = float(held["since"]), True
 
-    async def period(self, since: str, closer: bool = False) -> Period:
-        """What the series holds since then, and until now.
-
-        Args:
-          closer: begin with the first traffic, so that a finer ring may do.
+    async def period(self, since: str) -> Period:
+        """What the series holds since then or since the first traffic after it, and until now.
 
         Raises:
           RequestRefused: `since` is neither an age nor a time, or nothing is kept. TableUnavailable.
@@ -213,7 +210,7 @@ class Trending:
             raise RequestRefused(str(error)) from None
         await self.write()
         names = TokenGroups(lambda _: (), self._config.trends.groups).names
-        window, history = await asyncio.to_thread(_read, self._series, start, closer)
+        window, history = await asyncio.to_thread(_read, self._series, start)
         return Period(start, until, window, tables(window, self._groups_since), history, names)
 
     async def read(self, since: str) -> dict[str, Any]:
@@ -236,9 +233,17 @@ class Trending:
         return {"on": self._on, "waiting": waiting, **self.counts, "error": self.error}
 
 
-def _read(series: Series, start: float, closer: bool) -> tuple[Window, list[dict[str, Any]]]:
+def _read(series: Series, start: float) -> tuple[Window, list[dict[str, Any]]]:
+    """A period that begins with the first traffic may be within reach of a finer ring."""
     window = series.read(start)
-    if closer and window.counts:
-        first = int(np.flatnonzero(sum(rows[:, 0] for rows in window.counts.values()))[:1].sum())
-        window = series.read(max(start, window.at[first]))
-    return window, series.events(0.0)
+    if (first := _first(window)) > start:
+        window = series.read(first)
+    lead = (_first(window) - window.first) // window.step_s
+    rows = {name: counts[lead:] for name, counts in window.counts.items()}
+    return Window(window.step_s, _first(window), rows), series.events(0.0)
+
+
+def _first(window: Window) -> int:
+    """Start of the first bucket that is not empty; of the window where all are."""
+    busy = np.flatnonzero(sum(rows.sum(1) for rows in window.counts.values()))
+    return window.first + int(busy[0]) * window.step_s if len(busy) else window.first

@@ -26,7 +26,7 @@ def report(
     baseline: Annotated[
         Baseline,
         typer.Option(
-            help="Compare the last third with the first, or what serves now with what served before version 1."
+            help="What the last third of the period is compared with: its first third, or what was served before version 1."
         ),
     ] = Baseline.first,
     traces: Annotated[

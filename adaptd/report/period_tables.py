@@ -47,7 +47,7 @@ def introduction(found: dict[str, Any]) -> str:
     parts = found["split"]
     how = {
         "first": "the first third of the rounds with the last",
-        "day0": "what was served before version 1 with what the newest version served",
+        "day0": "what was served before version 1 with the last third of the rounds",
     }[found["baseline"]]
     return f"{text}<p>Compared: {how}. Before is until {utc(parts['before'])}, after is from {utc(parts['after'])}.</p>"
 
@@ -119,7 +119,10 @@ def _groups(found: dict[str, Any]) -> str:
     if tokens and found["split"] is not None:
         rows.append(["all", *[""] * (2 * len(sides)), *_test(tokens["all"])])
     heads = ["group", *(h for side, _ in sides for h in (f"rejected {side}".strip(), "of"))]
-    said = "<p>A token belongs to what the target emitted where a proposal was judged. "
+    said = (
+        "<p>The token is the one that the target emitted where a proposal was judged. Figure and rates are of the traffic as it "
+        "was: another mixture of requests moves them as another draft does. "
+    )
     if tokens and found["split"] is not None:
         n = tokens["traces"]
         said += (

@@ -35,26 +35,31 @@ def split(
     Args:
       total: [B, W] sums of all domains.
       events: everything remembered, oldest first, also from before the window.
-      baseline: `first`: the first third of the rounds against the last; `day0`: what was served before the first
-        promotion against what the newest version serves.
+      baseline: what the last third of the rounds is compared with. `first`: the first third; `day0`: what was served
+        before the first promotion.
     """
     return _by_rounds(window, total) if baseline == "first" else _by_version(window, total, events)
 
 
 def _by_rounds(window: Window, total: Counts) -> tuple[Split | None, str]:
     rounds = total[:, 2]
-    share = np.cumsum(rounds) / max(1, rounds.sum())
     busy = np.flatnonzero(rounds)
     if not len(busy):
         return None, "the period holds no traffic"
     if len(busy) < 2:
         return None, "all traffic of the period lies in one bucket of the time series: ask again later"
-    at = window.at
-    last = max(int(np.searchsorted(share, _SHARE)), int(busy[0]))
-    first = min(int(np.searchsorted(share, 1 - _SHARE, side="right")), int(busy[-1]))
+    share = np.cumsum(rounds) / rounds.sum()
+    last = int(np.searchsorted(share, _SHARE))
+    first = _last_third(rounds)
     if last >= first:
         last, first = (last - 1, first) if last > busy[0] else (last, last + 1)
-    return Split(at[last] + window.step_s, at[first]), ""
+    return Split(window.at[last] + window.step_s, window.at[first]), ""
+
+
+def _last_third(rounds: Counts) -> int:
+    """The bucket in which the last third of the rounds begins."""
+    left = np.cumsum(rounds[::-1])[::-1] / rounds.sum()
+    return int(np.flatnonzero(left >= _SHARE)[-1])
 
 
 def _by_version(window: Window, total: Counts, events: Sequence[Mapping[str, Any]]) -> tuple[Split | None, str]:
@@ -64,12 +69,14 @@ def _by_version(window: Window, total: Counts, events: Sequence[Mapping[str, Any
     if swaps[0]["version"] != 1:
         return None, "when day 0 served is not remembered; take --baseline first"
     # A bucket in which both served belongs to neither.
-    found = Split(swaps[0]["at"] - window.step_s + 1, swaps[-1]["at"])
-    if not total[_within(window, found) == 0, 2].any():
+    at, rounds = np.array(window.at), total[:, 2]
+    day0, adapted = at + window.step_s <= swaps[0]["at"], at >= swaps[0]["at"]
+    if not rounds[day0].any():
         return None, "the period holds no traffic of day 0: take a longer one, or --baseline first"
-    if not total[_within(window, found) == 1, 2].any():
-        return None, f"version {swaps[-1]['version']} has not served for a whole bucket yet: ask again later"
-    return found, ""
+    if not rounds[adapted].any():
+        return None, f"version {swaps[0]['version']} has not served for a whole bucket yet: ask again later"
+    first = max(_last_third(rounds), int(np.flatnonzero(adapted)[0]))
+    return Split(float(at[day0][-1]) + window.step_s, float(at[first])), ""
 
 
 def _within(window: Window, parts: Split) -> Counts:

@@ -72,6 +72,14 @@ def _buffer_row(buffer: dict[str, Any]) -> str:
     return f"{strata}; {buffer['stored_bytes'] / 2**20:.1f} MiB; inserted {buffer['inserted_total']:,}, refused {refused:,}"
 
 
+def _series_row(series: dict[str, Any]) -> dict[str, str]:
+    """Only where something is wrong with it."""
+    if series["error"] is None and not series["lost"]:
+        return {}
+    waits = f"{series['waiting']:,} requests wait, {series['lost']:,} lost"
+    return {"trends": waits if series["error"] is None else f"[red]not written[/]: {series['error']}; {waits}"}
+
+
 def _writer_row(decoders: list[dict[str, Any]]) -> str:
     total = {key: sum(d["writer"][key] for d in decoders) for key in ("written", "dropped", "pending")}
     return f"written {total['written']:,}, dropped {total['dropped']:,}, pending {total['pending']:,}"
@@ -213,6 +221,7 @@ def render(status: dict[str, Any]) -> RenderableType:
         "drift": _drift_row(status["acceptance"]["drift"]),
         "buffer": _buffer_row(status["buffer"]),
         "traces": _writer_row(status["decoders"]),
+        **_series_row(status["series"]),
         **({} if upstream else {"recall": _recall_row(status["decoders"])}),
         "learner": _learner_row(status["learner"]),
         "watch": _watch_row(status["watch"]),

@@ -96,9 +96,11 @@ def details(event: dict[str, Any]) -> str:
     if event["kind"] == "drift":
         return f"{event['domain']} {event['direction']} {event['before']:.0%} to {event['after']:.0%}"
     parts = [f"version {event['version']}"] if "version" in event else []
-    if event.get("gain"):
+    if event.get("reason"):  # a verdict's names its gain
+        parts.append(str(event["reason"]))
+    elif event.get("gain"):
         parts.append(f"gain {gain(event)}")
-    return ", ".join([*parts, *([str(event["reason"])] if event.get("reason") else [])])
+    return ", ".join(parts)
 
 
 def _events(trends: dict[str, Any]) -> list[Table]:

@@ -166,6 +166,19 @@ def test_the_sidecar_serves_captures_learns_and_stops(upstream: str, tmp_path: P
         assert 'adaptd_requests_total{domain="math"} 12.0' in metrics
         assert 'adaptd_proxy_uncaptured_total{reason="opted out"} 1.0' in metrics
         assert "adaptd_publisher_active 0.0" in metrics
+        trends = client.get("/adaptd/status", params={"since": "1h"}).json()["trends"]["summary"]["math"]
+        assert (trends["requests"], trends["mal"], [d["acceptance"] for d in trends["by_depth"]]) == (
+            12,
+            3.0,
+            [1, 1, 0],
+        )
+        assert (
+            sum(b["judged"] for b in trends["by_entropy"]) == sum(g["judged"] for g in trends["by_group"].values()) > 0
+        )
+        page = ["report", "--since", "1h", "--out", str(tmp_path / "report")]
+        shown = subprocess.run([*COMMAND, *page], env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert shown.returncode == 0, shown.stderr
+        assert "What the target wanted" in (tmp_path / "report" / "report.html").read_text()
         assert client.get("/readyz").status_code == 200
         assert client.post("/update_weights").status_code == 403
         process.send_signal(signal.SIGTERM)

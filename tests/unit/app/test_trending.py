@@ -88,19 +88,32 @@ def test_a_period_shows_what_was_served_by_domain_and_in_all(trending: Trending,
     clock.now += 120
     trending.observe(served("code", accepted=0))
     found = read(trending)
-    assert (found["since"], found["step_s"], found["to"] - found["from"]) == ("15m", 60, 900.0)
+    assert (found["since"], found["step_s"], found["from"], found["to"]) == ("15m", 60, START, START + 120)
     lines = found["domains"]
     assert set(lines) == {"math", "code", "all"}
-    assert len(found["at"]) == len(lines["math"]["mal"]) == 16
-    at = found["at"].index(START)
-    assert lines["math"]["requests"][at : at + 3] == [3, 0, 0]
-    assert lines["math"]["mal"][at : at + 3] == [2.5, None, None]
-    assert lines["code"]["token_acceptance"][at + 2] == 0.0
-    assert lines["all"]["tokens"][at : at + 3] == [30, 0, 4]
+    assert found["at"] == [START, START + 60, START + 120]
+    assert lines["math"]["requests"] == [3, 0, 0]
+    assert lines["math"]["mal"] == [2.5, None, None]
+    assert lines["code"]["token_acceptance"] == [None, None, 0.0]
+    assert lines["all"]["tokens"] == [30, 0, 4]
     assert found["summary"]["all"]["mal"] == 34 / 16
     assert found["summary"]["math"]["by_depth"][0] == {"reached": 12, "accepted": 9, "acceptance": 0.75}
     assert found["summary"]["math"]["by_depth"][3]["acceptance"] == 0.0
     assert len(found["summary"]["math"]["by_depth"]) == 4
+
+
+def test_a_long_period_begins_with_the_first_traffic_in_the_finest_buckets_that_reach_it(
+    trending: Trending, clock: Clock
+) -> None:
+    trending.observe(served())
+    clock.now += 3600
+    trending.observe(served())
+    found = read(trending, "26w")
+    assert (found["step_s"], found["from"], len(found["at"])) == (60, START, 61)
+    clock.now += 10 * 86400
+    trending.observe(served())
+    found = read(trending, "26w")
+    assert (found["step_s"], found["from"], found["summary"]["math"]["requests"]) == (900, START, 3)
 
 
 def test_events_are_shown_by_the_names_of_the_series_and_others_are_not(trending: Trending, clock: Clock) -> None:

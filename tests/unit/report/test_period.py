@@ -103,13 +103,12 @@ def test_the_first_third_is_compared_with_the_last(deployment: Deployment) -> No
     n = found["before"]["all"]["rounds"] + found["after"]["all"]["rounds"]
     assert 0.6 < n / found["trends"]["summary"]["all"]["rounds"] < 0.75
     # The page begins with the first traffic, not a week ago.
-    assert START - 900 <= found["trends"]["from"] <= START
+    assert found["trends"]["from"] == found["trends"]["at"][0] == START
 
 
 def test_day_0_ends_with_the_first_promotion(deployment: Deployment) -> None:
     found = deployment.report(baseline="day0")
-    assert found["split"]["after"] == START + 24 * HOUR
-    assert START + 23 * HOUR < found["split"]["before"] < START + 24 * HOUR
+    assert START + 23 * HOUR < found["split"]["before"] <= START + 24 * HOUR < found["split"]["after"]
     late = deployment.report(since="20h", baseline="day0")
     assert late["split"] is None
     assert "--baseline first" in late["why_not_compared"]
