@@ -24,6 +24,8 @@ from adaptd.server.app import create_app, create_operations_app
 from adaptd.sidecar.dispatch import Dispatch
 
 _log = logger(__name__)
+#: Seconds for connections that are still open once the daemon has stopped.
+_LINGER_S = 5
 
 
 def run(config: Config) -> None:
@@ -79,6 +81,8 @@ async def _serve(config: Config) -> None:
             log_config=None,
             access_log=False,
             lifespan="off",
+            # By then every answer was given: what is left is who looks at the dashboard from a machine that sleeps.
+            timeout_graceful_shutdown=_LINGER_S,
             server_header=own_headers,
             date_header=own_headers,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from adaptd import __version__
-from adaptd.server import completions, errors, operations
+from adaptd.server import completions, dashboard, errors, operations
 from adaptd.server.middleware import RequestContext
 from adaptd.server.service import Operations, Service
 
@@ -49,4 +49,5 @@ def _bare(max_body_bytes: int) -> FastAPI:
     app = FastAPI(title="adaptd", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.add_middleware(RequestContext, max_body_bytes=max_body_bytes)
     errors.install(app)
+    app.include_router(dashboard.router())
     return app
