@@ -236,6 +236,7 @@ def sidecar(home: Path, now: float) -> SidecarDaemon:
         publication.follower.counts["swapped_at"] = now - 900 if up else None
         if publication.publisher is not None:
             publication.publisher.counts |= {"published": 7 - i, "restored": i, "max_pause_s": 0.21, "lost": 0}
+            publication.publisher._target._baseline = {"layer.0": "sha256", "layer.1": "sha256"} if up else {}
             publication.publisher.counts["failed"] = {"refused": 1} if i else {}
     daemon.proxy.counts.requests = 96_900
     daemon.proxy.counts.uncaptured.update({"opted out": 120, "sampled with penalties": 33})
