@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from adaptd.errors import ConfigError
 from adaptd.sections import Section as _Section
-from adaptd.sections import UpstreamConfig
+from adaptd.sections import TrendsConfig, UpstreamConfig
 from adaptd.values import put, read_mapping, value_of
 
 
@@ -303,6 +303,7 @@ class Config(BaseSettings):
     drift: DriftConfig = DriftConfig()
     recall: RecallConfig = RecallConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    trends: TrendsConfig = TrendsConfig()
     server: ServerConfig = ServerConfig()
     ray: RayConfig = RayConfig()
     log: LogConfig = LogConfig()

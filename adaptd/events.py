@@ -30,6 +30,7 @@ DRAFT_RESTORED = "draft.restored"  # upstream, version, reason
 DRAFT_RESTORE_FAILED = "draft.restore_failed"  # upstream, version, reason, error
 TRACES_AGED_OUT = "traces.aged_out"  # target_id, traces
 BUFFER_UNAVAILABLE = "buffer.unavailable"  # error
+TRENDS_UNAVAILABLE = "trends.unavailable"  # error
 UPSTREAM_PROBED = "upstream.probed"  # version, k, top_logprobs, capture, reason
 UPSTREAM_LOST = "upstream.lost"  # error
 UPSTREAM_LEFT_OUT = "upstream.left_out"  # upstream, reason

@@ -1,10 +1,11 @@
-"""The base of every section of the configuration, and the section of the server behind the proxy."""
+"""The base of every section of the configuration, and the sections of the server behind the proxy and of the trends."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -63,3 +64,28 @@ class UpstreamConfig(Section):
     def servers(self) -> tuple[UpstreamConfig, ...]:
         """This section once for each server, with its `url`."""
         return tuple(self.model_copy(update={"url": url, "urls": ()}) for url in self.urls or (self.url,))
+
+
+class TrendsConfig(Section):
+    """The time series behind `adaptd status --since` and `adaptd report`."""
+
+    enabled: bool = True
+    """Keep it, in the replay buffer's Redis."""
+    every_s: float = Field(60.0, ge=1)
+    """Seconds between two writes."""
+    domains: int = Field(32, ge=1, le=256)
+    """Domains told apart; any further one is counted as `other`."""
+    traces: int = Field(128, ge=0)
+    """Newest traces counted by target entropy and token group at each write; 0: none."""
+    groups: dict[str, str] = Field({}, max_length=3)
+    """Token groups of your own (at most 3), or other rules of the built-in ones: a regular expression of the whole token."""
+
+    @field_validator("groups")
+    @classmethod
+    def _are_expressions(cls, groups: dict[str, str]) -> dict[str, str]:
+        for name, pattern in groups.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"groups.{name} ({pattern!r}) is no regular expression: {error}") from None
+        return groups

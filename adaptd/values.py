@@ -1,13 +1,17 @@
-"""Raw settings, before they are checked: a YAML file, text as a value, and where a dotted key puts it."""
+"""Raw values, before they are checked: a YAML file, text as a value, where a dotted key puts it; an age or a time."""
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from adaptd.errors import ConfigError
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -51,3 +55,24 @@ def put(values: dict[str, Any], parts: list[str], text: str, origin: str) -> Non
         node[part] = inner = dict(inner)
         node = inner
     node[parts[-1]] = value_of(text)
+
+
+def moment(text: str, now: float) -> float:
+    """Unix seconds of an age before `now` (90s, 15m, 6h, 7d, 2w) or of an ISO date or time, UTC where it names no zone.
+
+    Raises:
+      ValueError: it is neither, or not before `now`; the message is a whole sentence.
+    """
+    if age := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip()):
+        at = now - float(age[1]) * _UNITS[age[2]]
+    else:
+        try:
+            when = datetime.fromisoformat(text.strip())
+            at = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            raise ValueError(
+                f"since ({text!r}) must be an age such as 7d (90s, 15m, 6h, 2w) or an ISO date or time (2026-01-31)"
+            ) from None
+    if at >= now:
+        raise ValueError(f"since ({text!r}) must lie in the past")
+    return at

@@ -165,9 +165,9 @@ class BaseTable(ABC):
         keys = self._newest("recent", since_key, limit)
         return list(self._readable("recent", keys, self._size("recent"), count=True).values())
 
-    def all(self, stratum: Stratum, limit: int | None = None) -> list[ReplaySample]:
+    def all(self, stratum: Stratum, limit: int | None = None, since_key: Key = NO_KEY) -> list[ReplaySample]:
         """See ReplayTable.all."""
-        keys = self._newest(_known(stratum), NO_KEY, limit)
+        keys = [key for key in self._newest(_known(stratum), since_key, limit) if key > since_key]
         return list(self._readable(stratum, keys, self._size(stratum), count=False).values())
 
     def update_priorities(self, updates: Mapping[Key, float]) -> int:

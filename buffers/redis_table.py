@@ -5,23 +5,16 @@ Works on a single server and on Redis Cluster: all keys of a deployment share on
 """
 
 import json
-import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import resources
 from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from redis import Redis
-from redis.commands.core import Script
 
 from buffers.base_table import CHUNK, INDEX_ENTRY, BaseTable, Row, Stored
-from buffers.connection import check, client, masked, translated
+from buffers.connection import Scripted, key_names, masked, translated
 from buffers.table import NO_KEY, STRATA, Key, Stratum, TableInfo, TableLimits
-
-_DEPLOYMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 #: Index entries an `age_out` looks at in one call.
 _SCAN: Final = 1000
@@ -37,25 +30,17 @@ class RedisTable(BaseTable):
     def __init__(
         self, url: str, deployment: str, limits: TableLimits, clock: Callable[[], float] = time.time, salt: str = ""
     ) -> None:
-        if not _DEPLOYMENT.fullmatch(deployment):
-            raise ValueError(
-                f"deployment ({deployment!r}) must be letters, digits, '_', '.' or '-': it names Redis keys"
-            )
-        check(url)
         super().__init__(deployment, limits, clock, salt)
         self._url = url
-        self._opening = threading.Lock()
-        self._opened: tuple[Redis, Script] | None = None
+        self._scripted = Scripted(url, "table.lua")
         #: Every Redis key of this table, in the order the script's header lists them.
-        self.keys: Final[tuple[str, ...]] = tuple(
-            f"adaptd:{{{deployment}}}:{name}"
-            for name in (
-                "stats",
-                "payload",
-                "meta",
-                "domains",
-                *(f"{stratum}:{part}" for stratum in STRATA for part in ("index", "slots", "order")),
-            )
+        self.keys: Final[tuple[str, ...]] = key_names(
+            deployment,
+            "stats",
+            "payload",
+            "meta",
+            "domains",
+            *(f"{stratum}:{part}" for stratum in STRATA for part in ("index", "slots", "order")),
         )
 
     def __repr__(self) -> str:
@@ -64,10 +49,7 @@ class RedisTable(BaseTable):
 
     def close(self) -> None:
         """Closes the connections. The table opens new ones if it is used again."""
-        with self._opening:
-            if self._opened:
-                self._opened[0].close()
-            self._opened = None
+        self._scripted.close()
 
     def info(self) -> TableInfo:
         """See ReplayTable.info."""
@@ -95,19 +77,10 @@ class RedisTable(BaseTable):
 
     # --- primitives -------------------------------------------------------------------------------------------------
 
-    def _open(self) -> tuple[Redis, Script]:
-        """The client and the script bound to it, made at first use and used by all threads."""
-        with self._opening:
-            if self._opened is None:
-                redis = client(self._url)
-                text = resources.files("buffers").joinpath("scripts/table.lua").read_text()
-                self._opened = (redis, redis.register_script(text))
-            return self._opened
-
     def _call(self, command: str, *args: bytes | str | float) -> Any:
         limits, now = self.limits, self._clock()
         with translated(self._url):
-            return self._open()[1](
+            return self._scripted.open()[1](
                 keys=self.keys,
                 args=(
                     command,
@@ -162,10 +135,10 @@ class RedisTable(BaseTable):
         order = self.keys[4 + 3 * STRATA.index(stratum) + 2]
         with translated(self._url):
             if stratum == "anchors":  # by lot: the lowest are a uniform choice
-                names = self._open()[0].zrange(order, 0, -1 if limit is None else limit - 1)
+                names = self._scripted.open()[0].zrange(order, 0, -1 if limit is None else limit - 1)
             else:
                 number = -1 if limit is None else limit
-                names = self._open()[0].zrevrangebyscore(order, "+inf", f"({since_key}", start=0, num=number)
+                names = self._scripted.open()[0].zrevrangebyscore(order, "+inf", f"({since_key}", start=0, num=number)
         return sorted(int(name) for name in cast("list[bytes]", names))
 
     def _update(self, updates: Mapping[Key, float]) -> int:
@@ -178,7 +151,7 @@ class RedisTable(BaseTable):
         cursor = None
         while cursor != 0:
             with translated(self._url):
-                cursor, metas = self._open()[0].hscan(self.keys[2], cursor or 0, count=_SCAN)
+                cursor, metas = self._scripted.open()[0].hscan(self.keys[2], cursor or 0, count=_SCAN)
             for key, meta in cast("dict[bytes, bytes]", metas).items():
                 if json.loads(meta)[2] != target_id:
                     yield int(key)

@@ -117,10 +117,10 @@ class ReplayTable(Protocol):
     def fresh(self, since_key: Key, limit: int) -> list[ReplaySample]:
         """The newest `limit` traces of recent with a key above `since_key`, oldest of them first."""
 
-    def all(self, stratum: Stratum, limit: int | None = None) -> list[ReplaySample]:
-        """Every trace of a stratum by key; at most `limit`: the newest, or of the anchors a uniform choice.
+    def all(self, stratum: Stratum, limit: int | None = None, since_key: Key = NO_KEY) -> list[ReplaySample]:
+        """Every trace of a stratum with a key above `since_key`, by key; at most `limit`: the newest, or a choice of the anchors.
 
-        Does not count as sampling.
+        Of the anchors the choice is uniform and made before `since_key` is looked at. Does not count as sampling.
         """
 
     def update_priorities(self, updates: Mapping[Key, float]) -> int:

@@ -21,6 +21,7 @@ import buffers.embedded
 from adaptd import __version__, events
 from adaptd.app.cluster import Cluster
 from adaptd.app.state import StateDir
+from adaptd.app.trending import Trending
 from adaptd.app.watching import Watching
 from adaptd.config import Config
 from adaptd.errors import RequestRefused
@@ -28,7 +29,7 @@ from adaptd.learning.quarantine import refusals
 from adaptd.log import logger
 from adaptd.report.monitor import Finished, Monitor
 from buffers.errors import TableUnavailable
-from buffers.open import open_table
+from buffers.open import open_series, open_table
 from checkpoints.store import CheckpointStore
 
 _log = logger(__name__)
@@ -64,6 +65,7 @@ class Adaptation:
             remember=self._remember,
             went_back=self._learner_follows,
         )
+        self.trending = Trending(config)
         self._closing: list[Any] = []
 
     async def _open(self) -> None:
@@ -79,6 +81,8 @@ class Adaptation:
         self.table = open_table(
             self.buffer_url, self.config.deployment, **self.config.buffer.model_dump(exclude={"url"})
         )
+        domains = self.config.trends.domains
+        self.trending.connect(open_series(self.buffer_url, self.config.deployment, domains=domains), self.table)
 
     async def _join_cluster(self, after_cluster: Callable[[], None] | None) -> None:
         """Ray and the learner actor; `after_cluster` is called in the event loop's thread once Ray is up."""
@@ -95,6 +99,7 @@ class Adaptation:
         self._scheduler = AsyncIOScheduler()
         self._scheduler.start()
         self._every(_SNAPSHOT_S, self.status)
+        self._every(self.config.trends.every_s, self.trending.write)
         if self.config.buffer.url == "embedded":
             self._every(_SNAPSHOT_S, self._keep_redis)
 
@@ -149,6 +154,7 @@ class Adaptation:
             "buffer": buffer,
             "learner": await self._learner_status(),
             "watch": self.watching.status(),
+            "series": self.trending.status(),
             "events": self.events[-32:],
         }
 
@@ -190,6 +196,7 @@ class Adaptation:
             self._remember("drift", **about)
             _log.warning(events.DRIFT_DETECTED, **about)
         self.watching.observe(item)
+        self.trending.observe(item)
 
     def _learner_follows(self, reason: str) -> None:
         """Tell the learner that another version serves. One that is down or restarting sees it when it starts."""
@@ -197,7 +204,9 @@ class Adaptation:
             self.learner.follow.remote(reason)
 
     def _remember(self, kind: str, **fields: Any) -> None:
-        self.events = [*self.events[-255:], {"at": time.time(), "kind": kind, **fields}]
+        now = time.time()
+        self.events = [*self.events[-255:], {"at": now, "kind": kind, **fields}]
+        self.trending.remember(kind, now, fields)
 
     def _the_learner(self) -> Any:
         if self.learner is None:
@@ -242,6 +251,7 @@ class Adaptation:
         """Stop ticking, then close everything that was opened, last first; safe after a failed start."""
         if hasattr(self, "_scheduler"):
             self._scheduler.shutdown(wait=False)
+            await self.trending.write()
         for close in reversed(self._closing):
             await asyncio.to_thread(close)
         self._closing.clear()

@@ -35,8 +35,8 @@ from adaptd.config import Config, load
 from adaptd.errors import DaemonUnavailable, UpstreamUnavailable
 from adaptd.models.load import resolve
 from adaptd.pocket.shipped import pocket_prompts
-from adaptd.report.status import render, spark
-from adaptd.report.tables import demo_table, number
+from adaptd.report.status import render
+from adaptd.report.tables import demo_table, number, spark
 
 _MODEL = "pocket"
 _WINDOW = 100

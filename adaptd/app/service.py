@@ -28,8 +28,10 @@ class OperationsService:
         return self._daemon.ready()
 
     async def status(self, since: str | None) -> Mapping[str, Any]:
-        """The daemon's status."""
-        return await self._daemon.status()
+        """The daemon's status, with the trends since then if asked for."""
+        # First: what cannot be read as a time is refused before the actors are asked.
+        trends = {} if since is None else {"trends": await self._daemon.trending.read(since)}
+        return {**await self._daemon.status(), **trends}
 
     def metrics(self) -> bytes:
         """Prometheus text."""

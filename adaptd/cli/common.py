@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,22 @@ def load_config(path: Path | None, sets: list[str] | None) -> Config:
     from adaptd import config
 
     return config.load(path, sets or (), dict(os.environ))
+
+
+def since_moment(text: str | None) -> float | None:
+    """Unix seconds that `--since` means.
+
+    Raises:
+      BadParameter: it is neither an age nor a time, or not in the past.
+    """
+    if text is None:
+        return None
+    from adaptd.values import moment
+
+    try:
+        return moment(text, time.time())
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from None
 
 
 def machine() -> dict[str, Any]:

@@ -71,11 +71,14 @@ def status(
     sets: Sets = None,
     as_json: JsonFlag = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Redraw every two seconds until interrupted.")] = False,
+    since: Annotated[
+        str | None, typer.Option(help="Add the trends since then: an age such as 90s, 15m, 6h, 7d, 2w, or an ISO date.")
+    ] = None,
 ) -> None:
-    """Show acceptance, drift, learner, buffer and swaps of the running daemon."""
+    """Show acceptance, drift, learner, buffer and swaps of the running daemon; with --since also how they came about."""
     from adaptd.cli.status import show
 
-    show(load_config(config, sets), as_json=as_json, watch=watch)
+    show(load_config(config, sets), as_json=as_json, watch=watch, since=since)
 
 
 @app.command("eval")

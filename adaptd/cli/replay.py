@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import time
-from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from adaptd.cli.common import ConfigFile, JsonFile, Sets, load_config, write_result
-
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+from adaptd.cli.common import ConfigFile, JsonFile, Sets, load_config, since_moment, write_result
 
 
 class Teacher(StrEnum):
@@ -100,7 +95,7 @@ def replay(
 ) -> None:
     """Fit the draft to logged traffic before the first live request, and say what it gains. The daemon must be stopped."""
     wanted = _teacher(teacher, regenerate, black_box)
-    when = _since(since)
+    when = since_moment(since)
     if sample is not None and (sample == 0 or (sample > 1 and sample != int(sample))):
         raise typer.BadParameter(f"--sample ({sample}) must be a share below 1 or a whole number of records")
     settings = load_config(config, sets)
@@ -144,16 +139,3 @@ def _teacher(teacher: Teacher, regenerate: bool, black_box: bool) -> Any:
     if short and teacher.value not in ("target", short):
         raise typer.BadParameter(f"--{short} and --teacher {teacher.value} are two teachers: choose one")
     return short or teacher.value
-
-
-def _since(text: str | None) -> float | None:
-    """Unix seconds of an age (7d) or a time."""
-    if text is None:
-        return None
-    if age := re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip()):
-        return time.time() - float(age[1]) * _UNITS[age[2]]
-    try:
-        at = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise typer.BadParameter(f"--since ({text!r}) must be an age such as 7d or 12h, or an ISO time") from None
-    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()

@@ -9,24 +9,29 @@ import httpx
 from rich.live import Live
 
 from adaptd.app.state import find_daemon
-from adaptd.cli.common import print_json
+from adaptd.cli.common import print_json, since_moment
 from adaptd.config import Config
-from adaptd.errors import DaemonUnavailable
+from adaptd.errors import DaemonUnavailable, RequestRefused
 from adaptd.report.status import render
 from adaptd.report.tables import show as show_table
 
 _REFRESH_S = 2.0
 
 
-def fetch(config: Config) -> dict[str, Any]:
-    """The status of the daemon that runs on this configuration's folder.
+def fetch(
+    config: Config, path: str = "/adaptd/status", timeout_s: float = 10.0, **params: str | None
+) -> dict[str, Any]:
+    """What the daemon that runs on this configuration's folder answers to a GET; parameters that are None are left out.
 
     Raises:
-      DaemonUnavailable: none runs, or it does not answer.
+      DaemonUnavailable: none runs, or it does not answer. RequestRefused: it says why it does not do that.
     """
     url = find_daemon(config.home)["url"]
     try:
-        answer = httpx.get(f"{url}/adaptd/status", timeout=10)
+        given = {name: value for name, value in params.items() if value is not None}
+        answer = httpx.get(f"{url}{path}", params=given, timeout=timeout_s)
+        if answer.status_code in (400, 401, 403):
+            raise RequestRefused(answer.json()["error"]["message"])
         answer.raise_for_status()
     except httpx.HTTPError as error:
         raise DaemonUnavailable(
@@ -36,15 +41,16 @@ def fetch(config: Config) -> dict[str, Any]:
     return found
 
 
-def show(config: Config, *, as_json: bool, watch: bool) -> None:
-    """Print the status once, or redraw it until interrupted."""
+def show(config: Config, *, as_json: bool, watch: bool, since: str | None = None) -> None:
+    """Print the status once, with the trends since then if given, or redraw it until interrupted."""
+    since_moment(since)
     if as_json:
-        print_json(fetch(config))
+        print_json(fetch(config, since=since))
         return
     if not watch:
-        show_table(render(fetch(config)))
+        show_table(render(fetch(config, since=since)))
         return
-    with Live(render(fetch(config)), auto_refresh=False, screen=True) as live:
+    with Live(render(fetch(config, since=since)), auto_refresh=False, screen=True) as live:
         while True:
             time.sleep(_REFRESH_S)
-            live.update(render(fetch(config)), refresh=True)
+            live.update(render(fetch(config, since=since)), refresh=True)

@@ -10,15 +10,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from adaptd.report.economics import line
-from adaptd.report.tables import gain, number, on_base, percent
-
-_BARS = " ▁▂▃▄▅▆▇█"
-
-
-def spark(values: list[float], low: float, high: float) -> str:
-    """A line of block characters between `low` and `high`."""
-    span = max(high - low, 1e-9)
-    return "".join(_BARS[1 + min(7, max(0, int((v - low) / span * 8)))] for v in values)
+from adaptd.report.tables import gain, number, on_base, percent, spark
+from adaptd.report.trend_tables import trend_tables
 
 
 def _age(seconds: float | None) -> str:
@@ -233,4 +226,5 @@ def render(status: dict[str, Any]) -> RenderableType:
         Panel(head, title=f"adaptd {status['adaptd_version']}: {status['deployment']}"),
         acceptance_table(status["acceptance"], status["k"]),
         verdict_table(status["learner"]),
+        *(trend_tables(status["trends"], status["k"]) if "trends" in status else ()),
     )

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from checkpoints.manifest import Manifest
 
+_BARS = " ▁▂▃▄▅▆▇█"
+
 
 def show(*items: RenderableType) -> None:
     """Print to standard output."""
@@ -27,6 +29,12 @@ def number(value: float | None, digits: int = 2) -> str:
 def percent(value: float | None) -> str:
     """A share in percent, or a dash."""
     return "-" if value is None else f"{value:.1%}"
+
+
+def spark(values: Sequence[float | None], low: float, high: float) -> str:
+    """A line of block characters between `low` and `high`; a dot where there is no value."""
+    span = max(high - low, 1e-9)
+    return "".join("·" if v is None else _BARS[1 + min(7, max(0, int((v - low) / span * 8)))] for v in values)
 
 
 def gain(verdict: dict[str, Any] | None) -> str:

@@ -1,10 +1,12 @@
 """A daemon whose Redis is not there when it starts: it serves, says so, and learns once the server comes."""
 
+import time
 from pathlib import Path
 
 import pytest
 
 from buffers.embedded import start_embedded
+from buffers.redis_series import RedisSeries
 from tests.integration.test_daemon import Served, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.redis]
@@ -32,6 +34,9 @@ def test_serving_goes_on_without_redis_and_the_buffer_fills_once_it_is_there(tmp
         wait_for("traces in the buffer", lambda: daemon.status()["buffer"]["inserted_total"] >= 12)
         wait_for("a learner tick", lambda: daemon.status()["learner"]["ticks"] >= 1)
         assert daemon.stop() == 0
+        # The request that was answered without Redis is in the time series too, which outlives the daemon.
+        (counts,) = RedisSeries(server.url, "default").read(time.time() - 600).counts.values()
+        assert counts.sum(0)[0] == 13
     finally:
         daemon.process.kill()
         if server is not None:

@@ -141,6 +141,34 @@ def test_status_and_metrics_show_the_traffic(served: Served) -> None:
     assert httpx.get(f"{served.url}/livez").status_code == httpx.get(f"{served.url}/readyz").status_code == 200
 
 
+def test_status_since_shows_how_it_came_about(served: Served) -> None:
+    served.ask("What is diabetes?", extra_headers={"x-adaptd-domain": "medical"})
+    trends = json.loads(served.cli("status", "--since", "15m", "--json").stdout)["trends"]
+    assert (trends["since"], trends["step_s"]) == ("15m", 60)
+    asked = trends["domains"]["medical"]["requests"]
+    assert len(asked) == len(trends["at"]) >= 15
+    assert trends["summary"]["medical"]["requests"] == sum(asked) > 0
+    assert sum(trends["domains"]["all"]["requests"]) >= sum(asked)
+    assert trends["summary"]["medical"]["mal"] >= 1.0
+    wait_for("traces by token group", lambda: _judged(served) > 0)
+    shown = served.cli("status", "--since", "1h")
+    assert shown.returncode == 0, shown.stderr
+    assert "trends since 1h" in shown.stdout
+    assert "trends" not in served.status()
+    refused = served.cli("status", "--since", "yesterday")
+    assert refused.returncode == 2
+    assert "such as 7d" in refused.stderr
+    answer = httpx.get(f"{served.url}/adaptd/status", params={"since": "7 parsecs"})
+    assert answer.status_code == 400
+    assert "parsecs" in answer.json()["error"]["message"]
+
+
+def _judged(served: Served) -> int:
+    served.ask("What is asthma?")
+    found = httpx.get(f"{served.url}/adaptd/status", params={"since": "15m"}, timeout=30).json()["trends"]
+    return sum(group["judged"] for group in found["summary"]["all"]["by_group"].values())
+
+
 def test_opting_out_keeps_a_request_out_of_the_buffer(served: Served) -> None:
     def inserted() -> int:
         return sum(d["writer"]["appended"] for d in served.status()["decoders"])

@@ -8,8 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from adaptd.cli.common import since_moment
 from adaptd.cli.main import app
-from adaptd.cli.replay import _since
 from adaptd.errors import LogRefused
 
 
@@ -33,12 +33,12 @@ def test_an_option_out_of_range_is_a_usage_error(args: list[str], message: str) 
 
 
 def test_an_age_and_a_time_are_since() -> None:
-    assert _since("7d") == pytest.approx(time.time() - 7 * 86400, abs=5)
-    assert _since("2026-01-02T03:04:05") == 1767323045
-    assert _since("2026-01-02T04:04:05+01:00") == 1767323045
-    assert _since(None) is None
+    assert since_moment("7d") == pytest.approx(time.time() - 7 * 86400, abs=5)
+    assert since_moment("2026-01-02T03:04:05") == 1767323045
+    assert since_moment("2026-01-02T04:04:05+01:00") == 1767323045
+    assert since_moment(None) is None
     with pytest.raises(typer.BadParameter):
-        _since("7 parsecs")
+        since_moment("7 parsecs")
 
 
 def test_a_pickle_is_refused_and_never_opened(tmp_path: Path) -> None:
