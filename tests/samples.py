@@ -24,7 +24,8 @@ from buffers.writer import WriterStats
 K = 4
 #: Acceptance of a proposal by domain, before and after the draft has learned it; the last asks for text, not markup.
 DOMAINS = {"medical": (0.72, 0.74), "math": (0.24, 0.52), "tools": (0.15, 0.45), "<b>code</b>": (0.31, 0.41)}
-PERIODS = {"1h": (3600, 60), "6h": (21600, 300), "24h": (86400, 900), "7d": (604800, 7200), "30d": (2592000, 28800)}
+#: Seconds, and seconds of a bucket, as the series has them.
+PERIODS = {"1h": (3600, 60), "6h": (21600, 60), "24h": (86400, 60), "7d": (604800, 900), "30d": (2592000, 7200)}
 URLS = ("http://10.0.0.1:8000", "http://10.0.0.2:8000", "http://10.0.0.3:8000")
 
 

@@ -20,12 +20,10 @@ from adaptd.app.sidecar import SidecarDaemon
 from adaptd.config import Config
 from adaptd.errors import AdaptdError
 from adaptd.log import logger
-from adaptd.server.app import create_app, create_operations_app
+from adaptd.server.app import LINGER_S, create_app, create_operations_app
 from adaptd.sidecar.dispatch import Dispatch
 
 _log = logger(__name__)
-#: Seconds for connections that are still open once the daemon has stopped.
-_LINGER_S = 5
 
 
 def run(config: Config) -> None:
@@ -81,8 +79,7 @@ async def _serve(config: Config) -> None:
             log_config=None,
             access_log=False,
             lifespan="off",
-            # By then every answer was given: what is left is who looks at the dashboard from a machine that sleeps.
-            timeout_graceful_shutdown=_LINGER_S,
+            timeout_graceful_shutdown=LINGER_S,
             server_header=own_headers,
             date_header=own_headers,
         )

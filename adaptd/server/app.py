@@ -11,6 +11,9 @@ from adaptd.server.service import Operations, Service
 
 #: Longest request body: a context of a million tokens as text is about 4 MiB.
 MAX_BODY_BYTES = 16 * 2**20
+#: Seconds for connections that are still open once a daemon has drained. Every answer was given by then: what is left is
+#: who looks at the dashboard from a machine that sleeps.
+LINGER_S = 5
 
 
 def create_app(

@@ -15,7 +15,7 @@ from fastapi import Request
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from adaptd.server.app import create_operations_app
+from adaptd.server.app import LINGER_S, create_operations_app
 
 
 class Samples:
@@ -49,7 +49,7 @@ async def main(figures: Mapping[str, Any]) -> None:
         return {}
 
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=LINGER_S))
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
 
     # uvicorn ends on SIGTERM once every connection is closed, as the daemon does after it drained.

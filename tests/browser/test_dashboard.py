@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from adaptd.server.app import LINGER_S
 from tests import samples
 from tests.browser.conftest import OpenPage, Served
 from tests.browser.devtools import Page
@@ -125,6 +129,19 @@ def test_viewers_do_not_hold_up_a_daemon_that_stops(open_page: OpenPage, fresh: 
     assert re.match(r"no status \(.+\); shown: ", page.text("#state"))
 
 
+@pytest.mark.slow
+def test_a_viewer_that_sleeps_does_not_hold_up_a_daemon_that_stops(fresh: Served) -> None:
+    host, port = fresh.url.removeprefix("http://").split(":")
+    with socket.socket() as viewer:
+        viewer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        viewer.connect((host, int(port)))
+        fresh.tell(events=[{"at": 0, "kind": "more than the connection holds", "text": "x" * 12_000_000}])
+        viewer.sendall(b"GET /adaptd/stream HTTP/1.1\r\nhost: adaptd\r\n\r\n")
+        assert viewer.recv(15) == b"HTTP/1.1 200 OK"
+        time.sleep(3)
+        assert fresh.stop(seconds=30) < LINGER_S + 5
+
+
 def test_the_period_is_chosen_by_keyboard_and_stays_in_the_address(open_page: OpenPage, served: Served) -> None:
     page = opened(open_page, served)
     assert page.js("chosen('period')") == "6h"
@@ -152,6 +169,26 @@ def test_points_of_the_chart_are_read_by_keyboard(open_page: OpenPage, served: S
       slider.value = i; slider.dispatchEvent(new Event("input")); return slider.getAttribute("aria-valuetext");
     })()""")
     assert spoken.endswith("◆ drift math")
+
+
+def test_many_buckets_are_drawn_as_fewer_without_changing_what_they_say(open_page: OpenPage, served: Served) -> None:
+    page = opened(open_page, served, hash="#24h")
+    assert page.js("[trends.data.step_s, trends.data.at.length <= 146]") == [600, True]
+    total = "Object.values(trends.data.domains).map(d => d.requests.reduce((a, b) => a + b))"
+    whole = page.js("ask('/adaptd/status?since=24h').then(s => s.trends)")
+    assert page.js(total) == [sum(d["requests"]) for d in whole["domains"].values()]
+    bucket = {
+        "requests": [1, 2, 0],
+        "tokens": [30, 10, 0],
+        "mal": [3.0, 1.0, None],
+        "token_acceptance": [0.5, 0.0, None],
+    }
+    many = {name: values + values[-1:] * 359 for name, values in bucket.items()}
+    script = f"coarser({json.dumps({'step_s': 60, 'at': list(range(0, 362 * 60, 60)), 'domains': {'x': many}})})"
+    found = page.js(script.replace("None", "null"))["domains"]["x"]
+    assert found["requests"][:2] == [3, 0]
+    assert found["mal"][:2] == [40 / 20, None], "40 tokens in 10 + 10 rounds"
+    assert found["token_acceptance"][0] == 0.25
 
 
 def test_domains_are_switched_off_and_on_and_figures_follow_the_measure(open_page: OpenPage, served: Served) -> None:

@@ -4,6 +4,8 @@ const MARKS = { promoted: "\u25b2", rolled_back: "\u25bc", drift: "\u25c6", reje
 const TONES = { promoted: "--good", rolled_back: "--bad", drift: "--warn", rejected: "--soft", quarantined: "--bad" };
 // Above so many marks only their signs are drawn, not the lines through the figures.
 const LINES = 40, COLOURS = 8, SHOWN = 6;
+// At most so many points are drawn, each of so many buckets: of single minutes one sees noise.
+const POINTS = 180, FACTORS = [1, 2, 3, 4, 6, 10, 12, 15, 20, 30, 60];
 const MEASURES = { mal: { floor: 1, show: fixed }, token_acceptance: { floor: 0, show: (x) => percent(x, 0) } };
 // How the axis of time is written, by the distance of its marks: uPlot's form, of which the fourth is for a new day.
 const TIMES = [
@@ -20,7 +22,32 @@ const tone = (i) => (trends.names[i] === "all" ? 0 : 1 + ((i + COLOURS - 1) % CO
 const shown = () => trends.names.filter((name) => !trends.hidden.has(name));
 const marked = () => (trends.data?.events ?? []).filter((e) => e.kind in MARKS && !(e.domain && trends.hidden.has(e.domain)));
 
-function showTrends(data) {
+// Fewer, longer buckets. Rounds are tokens over MAL; every round proposes alike, so they weigh the share of tokens accepted.
+function coarser(data) {
+  const factor = FACTORS.find((f) => data.at.length / f <= POINTS + 1) ?? FACTORS.at(-1), step = data.step_s * factor;
+  if (factor === 1 || !known(step)) return data;
+  const at = [...new Set(data.at.map((t) => Math.floor(t / step) * step))], place = new Map(at.map((t, i) => [t, i]));
+  const merged = ({ requests, tokens, mal, token_acceptance: share }) => {
+    const sums = at.map(() => ({ requests: 0, tokens: 0, rounds: 0, accepted: 0 }));
+    data.at.forEach((t, i) => {
+      const sum = sums[place.get(Math.floor(t / step) * step)], rounds = mal[i] ? tokens[i] / mal[i] : 0;
+      sum.requests += requests[i] ?? 0;
+      sum.tokens += tokens[i] ?? 0;
+      sum.rounds += rounds;
+      sum.accepted += rounds * (share[i] ?? 0);
+    });
+    return {
+      requests: sums.map((s) => s.requests), tokens: sums.map((s) => s.tokens),
+      mal: sums.map((s) => (s.rounds ? s.tokens / s.rounds : null)),
+      token_acceptance: sums.map((s) => (s.rounds ? s.accepted / s.rounds : null)),
+    };
+  };
+  const domains = Object.fromEntries(Object.entries(data.domains).map(([name, lines]) => [name, merged(lines)]));
+  return { ...data, step_s: step, at, domains };
+}
+
+function showTrends(answer) {
+  const data = Array.isArray(answer?.at) && answer.at.length ? coarser(answer) : answer;
   const note = byId("chart-note"), there = Array.isArray(data?.at) && data.at.length > 0;
   trends.data = there ? data : null;
   note.hidden = there;

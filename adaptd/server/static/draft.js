@@ -14,7 +14,7 @@ function renderTiles(s) {
     tile("draft version", draft.version ?? DASH,
       `${known(draft.age_s) ? duration(draft.age_s) + " old" : "day 0"}, ${draft.scope ?? DASH}; ${who} at ${live}`),
     tile("MAL now", fixed(seen.now?.mal), `1 h ${fixed(seen["1h"]?.mal)}, 24 h ${fixed(seen["24h"]?.mal)}`),
-    tile("tokens accepted now", percent(seen.now?.token_acceptance),
+    tile("accepted now", percent(seen.now?.token_acceptance),
       `1 h ${percent(seen["1h"]?.token_acceptance)}, 24 h ${percent(seen["24h"]?.token_acceptance)}`),
     tile("speed-up", known(speedup) ? fixed(speedup) + "\u00d7" : DASH,
       known(speedup) ? (known(worth.measured) ? "measured, over no speculation" : "expected, over no speculation") : "not known yet"),

@@ -33,8 +33,9 @@ function stale(reason) {
 
 async function ask(path) {
   const answer = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(PACE.answer) });
-  if (!answer.ok) throw new Error(`status ${answer.status}`);
-  return answer.json();
+  const body = await answer.json().catch(() => null);
+  if (!answer.ok || !body) throw new Error(body?.error?.message ?? `status ${answer.status}`);
+  return body;
 }
 
 async function poll() {

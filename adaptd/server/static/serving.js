@@ -62,7 +62,8 @@ function renderBuffer(s) {
     `refused ${count(refused)}; ${written}`;
   fill("buffer", Object.entries(buffer.sizes ?? {}).map(([name, size]) => {
     const share = (buffer.bytes?.[name] ?? 0) / all;
-    return [name, count(size), bytes(buffer.bytes?.[name]), meter(share, `${name}: ${percent(share)}`)];
+    return [name, count(size), bytes(buffer.bytes?.[name]),
+      name === "reserved" ? ["has its own", "soft"] : meter(share, `${name}: ${percent(share)}`)];
   }), "empty");
 }
 
