@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -209,12 +207,3 @@ def test_what_alerts_name_in_their_runbooks_exists() -> None:
                 assert key in sections[section].annotation.model_fields, (rule["alert"], section, key)  # type: ignore[union-attr]
         for page in re.findall(r"docs/\w+\.md", text):
             assert (CONFIGS.parent / page).is_file(), page
-
-
-@pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool (of Prometheus) checks the rules; it is not installed"
-)
-def test_promtool_takes_the_rules() -> None:
-    found = subprocess.run(["promtool", "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert f"{len(rules())} rules found" in found.stdout
