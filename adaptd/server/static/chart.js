@@ -104,7 +104,7 @@ function draw() {
   trends.plot = new uPlot({
     width: byId("chart").clientWidth,
     height: byId("chart").clientWidth < 600 ? 220 : 280,
-    padding: [20, 8, 0, 0],
+    padding: [20, 20, 0, 0],
     legend: { show: false },
     cursor: { drag: { x: false, y: false }, y: false },
     scales: { x: { time: true, range: [trends.data.from ?? at[0], trends.data.to ?? at.at(-1)] }, y: { range: (_, low, high) => bounds(measure, low, high) } },
