@@ -15,6 +15,7 @@ from fastapi import Request
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from adaptd.errors import RequestRefused
 from adaptd.server.app import LINGER_S, create_operations_app
 
 
@@ -29,6 +30,8 @@ class Samples:
         return (False, "draining") if self.draining else (True, "ready")
 
     async def status(self, since: str | None) -> Mapping[str, Any]:
+        if since is not None and "refuse" in self.changes:
+            raise RequestRefused(self.changes["refuse"])
         known = {} if since is None or self.shape == "young" else {"trends": self.trends[since]}
         return {**self.shapes[self.shape], "draining": self.draining, **known, **self.changes}
 

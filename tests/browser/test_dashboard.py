@@ -159,7 +159,7 @@ def test_points_of_the_chart_are_read_by_keyboard(open_page: OpenPage, served: S
     page.js("document.getElementById('when').focus()")
     page.press("Home", 36)
     first = page.wait("document.getElementById('when').value === '0' && readout.textContent")
-    assert re.match(r"(\d+ \w+|\w+ \d+) \d\d:\d\d: all \d\.\d\d \(\d+ requests\), <b>code</b> \d\.\d\d", first)
+    assert re.match(r"(\d+ \w+|\w+ \d+) \d\d:\d\d: all \d\.\d\d \([\d,]+ requests\), <b>code</b> \d\.\d\d", first)
     assert page.js("document.getElementById('when').getAttribute('aria-valuetext')") == first
     page.press("ArrowRight", 39)
     assert page.wait(f"readout.textContent !== {first!r} && readout.textContent")
@@ -282,6 +282,24 @@ def test_a_young_daemon_has_little_to_tell(open_page: OpenPage, served: Served) 
     assert "No history yet" in page.text("#chart-note")
     assert "no requests yet" in page.text("#domains")
     assert not page.troubles()
+
+
+def test_a_history_that_is_away_says_why_and_comes_back(open_page: OpenPage, served: Served) -> None:
+    served.tell(trends={"at": [], "domains": {}, "events": [], "error": "Redis refused"})
+    page = open_page(f"{served.url}/")
+    page.wait("document.getElementById('chart-note').textContent === 'No history: Redis refused'")
+    assert page.js("document.getElementById('trends').hidden")
+    served.tell()
+    page.js("loadTrends()")
+    page.wait(CHART)
+    assert page.js("document.getElementById('chart-note').hidden")
+
+
+def test_a_refusal_is_shown_in_the_daemons_own_words(open_page: OpenPage, served: Served) -> None:
+    served.tell(refuse="there are no trends, since trends.enabled is false: set it to true")
+    page = open_page(f"{served.url}/")
+    page.wait("document.getElementById('chart-note').textContent.endsWith('trends.enabled is false: set it to true')")
+    page.wait("document.body.dataset.link === 'stream'")
 
 
 def test_nothing_is_asked_of_another_machine_and_nothing_moves_where_that_is_not_wanted(

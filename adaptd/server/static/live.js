@@ -91,15 +91,14 @@ function connect() {
 async function loadTrends() {
   clearTimeout(link.trends);
   const period = chosen("period");
-  let data = null;
   try {
-    data = (await ask(`/adaptd/status?since=${period}`)).trends ?? null;
-    if (period === chosen("period")) showTrends(data);
+    const data = (await ask(`/adaptd/status?since=${period}`)).trends;
+    if (period === chosen("period")) showTrends(data ?? null);
   } catch (error) {
     // What is shown stays; the badge says whether the daemon answers.
     if (!trends.data) showTrends({ error: error.message });
   }
-  const wait = Math.min(PACE.trends[1], Math.max(PACE.trends[0], 500 * (data?.step_s ?? 0)));
+  const wait = Math.min(PACE.trends[1], Math.max(PACE.trends[0], 500 * (trends.data?.step_s ?? 0)));
   if (!document.hidden) link.trends = setTimeout(loadTrends, wait);
 }
 
