@@ -8,6 +8,7 @@
     |- RequestRefused (1)          a request that cannot be served; carries the HTTP status and the OpenAI error type
     |  |- ContextLengthExceeded    prompt and answer do not fit the context (400)
     |  |- UnknownModel             (404)
+    |  |- BufferAway               Redis does not answer (503, retryable)
     |  `- Overloaded               the queue is full (503, retryable)
     |- DecoderStopped (75)         the decoder that held the request died or is closing; retry (503)
     |- DaemonUnavailable (69)      no daemon answers at the address
@@ -85,6 +86,16 @@ class Overloaded(RequestRefused):
     type = "overloaded_error"
     code = "overloaded"
     retry_after_s = 1
+
+
+class BufferAway(RequestRefused):
+    """Redis does not answer, and what was asked for is there; the client should retry."""
+
+    exit_code = 75
+    status = 503
+    type = "server_error"
+    code = "buffer_unavailable"
+    retry_after_s = 5
 
 
 class DecoderStopped(RequestRefused):

@@ -170,6 +170,12 @@ class BaseTable(ABC):
         keys = [key for key in self._newest(_known(stratum), since_key, limit) if key > since_key]
         return list(self._readable(stratum, keys, self._size(stratum), count=False).values())
 
+    def spread(self, stratum: Stratum, n: int) -> list[ReplaySample]:
+        """See ReplayTable.spread."""
+        keys = self._newest(_known(stratum), NO_KEY, None)
+        chosen = keys if len(keys) <= n else [keys[int(i)] for i in np.linspace(0, len(keys) - 1, max(n, 0))]
+        return list(self._readable(stratum, chosen, len(keys), count=False).values())
+
     def update_priorities(self, updates: Mapping[Key, float]) -> int:
         """See ReplayTable.update_priorities."""
         for priority in updates.values():

@@ -123,6 +123,9 @@ class ReplayTable(Protocol):
         Of the anchors the choice is uniform and made before `since_key` is looked at. Does not count as sampling.
         """
 
+    def spread(self, stratum: Stratum, n: int) -> list[ReplaySample]:
+        """At most n traces of a stratum by key, spread evenly from its oldest to its newest. Does not count as sampling."""
+
     def update_priorities(self, updates: Mapping[Key, float]) -> int:
         """Sets priorities in every stratum that holds the key; how many keys were known. Unknown ones are ignored."""
 

@@ -19,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 
 import buffers.embedded
 from adaptd import __version__, events
+from adaptd.app import reporting
 from adaptd.app.cluster import Cluster
 from adaptd.app.state import StateDir
 from adaptd.app.trending import Trending
@@ -28,6 +29,7 @@ from adaptd.errors import RequestRefused
 from adaptd.learning.quarantine import refusals
 from adaptd.log import logger
 from adaptd.report.monitor import Finished, Monitor
+from adaptd.report.split import Baseline
 from buffers.errors import TableUnavailable
 from buffers.open import open_series, open_table
 from checkpoints.store import CheckpointStore
@@ -238,6 +240,13 @@ class Adaptation:
         except TableUnavailable as error:
             return {"available": False, "error": str(error)}
         return {"available": True, "max_bytes": self.config.buffer.max_bytes, **dataclasses.asdict(info)}
+
+    async def report(self, since: str, baseline: Baseline, traces: int) -> dict[str, Any]:
+        """What `adaptd report` shows of a period; raises what `adaptd.app.reporting.report` raises."""
+        config = self.config
+        about = {"deployment": config.deployment, "engine": config.engine.kind, "k": config.engine.k}
+        about |= {"adaptd_version": __version__, "draft_version": self.store.current() or 0}
+        return await reporting.report(self.trending, self.table, since, baseline, traces, about)
 
     def versions(self) -> list[dict[str, Any]]:
         """Published versions, oldest first; `quarantine` says why one may not be promoted, if so."""

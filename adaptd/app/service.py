@@ -13,6 +13,7 @@ from adaptd.decoding.request import DecodeRequest, Delta, SamplingParams
 from adaptd.errors import DecoderStopped
 from adaptd.models import load
 from adaptd.models.chat import render_chat
+from adaptd.report.split import Baseline
 from adaptd.server.service import Chunk, CompletionInput, Limits, SpeculativeStats, Usage
 
 
@@ -32,6 +33,10 @@ class OperationsService:
         # First: what cannot be read as a time is refused before the actors are asked.
         trends = {} if since is None else {"trends": await self._daemon.trending.read(since)}
         return {**await self._daemon.status(), **trends}
+
+    async def report(self, since: str, baseline: Baseline, traces: int) -> Mapping[str, Any]:
+        """A period in figures."""
+        return await self._daemon.report(since, baseline, traces)
 
     def metrics(self) -> bytes:
         """Prometheus text."""

@@ -46,8 +46,14 @@ class Period:
     until: float
     window: Window
     by_domain: dict[str, Counts]
-    events: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+    """Every event remembered, oldest first."""
     groups: tuple[str, ...]
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Those of the period."""
+        return [event for event in self.history if event["at"] >= self.start]
 
 
 class Trending:
@@ -188,8 +194,11 @@ class Trending:
             series.describe(json.dumps(held))
         self._groups_since, self._described = float(held["since"]), True
 
-    async def period(self, since: str) -> Period:
+    async def period(self, since: str, closer: bool = False) -> Period:
         """What the series holds since then, and until now.
+
+        Args:
+          closer: begin with the first traffic, so that a finer ring may do.
 
         Raises:
           RequestRefused: `since` is neither an age nor a time, or nothing is kept. TableUnavailable.
@@ -204,8 +213,8 @@ class Trending:
             raise RequestRefused(str(error)) from None
         await self.write()
         names = TokenGroups(lambda _: (), self._config.trends.groups).names
-        window, remembered = await asyncio.to_thread(_read, self._series, start)
-        return Period(start, until, window, tables(window, self._groups_since), remembered, names)
+        window, history = await asyncio.to_thread(_read, self._series, start, closer)
+        return Period(start, until, window, tables(window, self._groups_since), history, names)
 
     async def read(self, since: str) -> dict[str, Any]:
         """Trends since then as JSON values; empty, with `error`, where the store does not answer.
@@ -227,5 +236,9 @@ class Trending:
         return {"on": self._on, "waiting": waiting, **self.counts, "error": self.error}
 
 
-def _read(series: Series, start: float) -> tuple[Window, list[dict[str, Any]]]:
-    return series.read(start), series.events(start)
+def _read(series: Series, start: float, closer: bool) -> tuple[Window, list[dict[str, Any]]]:
+    window = series.read(start)
+    if closer and window.counts:
+        first = int(np.flatnonzero(sum(rows[:, 0] for rows in window.counts.values()))[:1].sum())
+        window = series.read(max(start, window.at[first]))
+    return window, series.events(0.0)

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from adaptd import __version__
-from adaptd.cli import bench, checkpoints, replay, synthesize
+from adaptd.cli import bench, checkpoints, replay, report, synthesize
 from adaptd.cli.common import ConfigFile, JsonFile, JsonFlag, Sets, load_config, print_json, write_result
 from adaptd.errors import AdaptdError
 
@@ -103,6 +103,7 @@ def evaluate(
         write_result(result, found, settings)
 
 
+app.command()(report.report)
 app.command()(replay.replay)
 app.command()(synthesize.synthesize)
 

@@ -11,11 +11,18 @@ from rich.live import Live
 from adaptd.app.state import find_daemon
 from adaptd.cli.common import print_json, since_moment
 from adaptd.config import Config
-from adaptd.errors import DaemonUnavailable, RequestRefused
+from adaptd.errors import BufferAway, DaemonUnavailable, RequestRefused
 from adaptd.report.status import render
 from adaptd.report.tables import show as show_table
 
 _REFRESH_S = 2.0
+#: Answers that say themselves what to do.
+_REFUSED: dict[int, type[RequestRefused]] = {
+    400: RequestRefused,
+    401: RequestRefused,
+    403: RequestRefused,
+    503: BufferAway,
+}
 
 
 def fetch(
@@ -30,8 +37,8 @@ def fetch(
     try:
         given = {name: value for name, value in params.items() if value is not None}
         answer = httpx.get(f"{url}{path}", params=given, timeout=timeout_s)
-        if answer.status_code in (400, 401, 403):
-            raise RequestRefused(answer.json()["error"]["message"])
+        if answer.status_code in _REFUSED:
+            raise _REFUSED[answer.status_code](answer.json()["error"]["message"])
         answer.raise_for_status()
     except httpx.HTTPError as error:
         raise DaemonUnavailable(

@@ -91,17 +91,23 @@ def demo_figure(
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
 table{{border-collapse:collapse}}td,th{{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}}
-td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}pre{{overflow-x:auto}}</style></head><body>
+td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}.wide{{overflow-x:auto}}pre{{overflow-x:auto}}</style></head><body>
 <h1>{title}</h1>{text}
-<img alt="mean acceptance length over requests" src="data:image/png;base64,{image}">
+{image}
 {body}</body></html>
 """
 
 
 def write_page(path: Path, title: str, text: str, image: Path, body: str) -> None:
     """A self-contained page around a PNG; `text` and `body` are HTML, `title` is not."""
+    shown = embedded(image, "mean acceptance length over requests")
+    path.write_text(_PAGE.format(title=html.escape(title), text=text, image=shown, body=body), encoding="utf-8")
+
+
+def embedded(image: Path, alt: str) -> str:
+    """A PNG as HTML that holds it."""
     encoded = base64.b64encode(image.read_bytes()).decode()
-    path.write_text(_PAGE.format(title=html.escape(title), text=text, image=encoded, body=body), encoding="utf-8")
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{encoded}">'
 
 
 def demo_report(

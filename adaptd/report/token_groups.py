@@ -42,7 +42,7 @@ class TokenGroups:
         rules = {**own, **{name: rule for name, rule in RULES.items() if name not in own}}
         self.names = (*(name for name in rules if name != REST), REST)
         self.fingerprint = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
-        self._texts = texts
+        self.texts = texts
         self._rules = [(i, re.compile(rules[name], re.IGNORECASE)) for i, name in enumerate(self.names[:-1])]
         self._known: dict[int, int] = {}
 
@@ -50,7 +50,7 @@ class TokenGroups:
         """[N] index into `names` of each token."""
         unique, inverse = np.unique(ids, return_inverse=True)
         new = [int(token) for token in unique if int(token) not in self._known]
-        for token, text in zip(new, self._texts(new) if new else (), strict=True):
+        for token, text in zip(new, self.texts(new) if new else (), strict=True):
             self._known[token] = self._group(text)
         found: NDArray[np.int64] = np.array([self._known[int(token)] for token in unique], np.int64)[inverse]
         return found

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from adaptd.errors import RequestRefused, UnknownModel
+from adaptd.report.split import Baseline
 from adaptd.server.feed import StatusFeed
 from adaptd.server.service import Operations, Service
 from adaptd.server.streams import EventStream
@@ -50,6 +51,7 @@ def router(service: Operations, *, admin_token: str | None, admin_remote: bool) 
     routes = APIRouter()
     _health(routes, service)
     _status(routes, service)
+    _report(routes, service, admin_token, admin_remote)
     _checkpoints(routes, service, admin_token, admin_remote)
     return routes
 
@@ -107,6 +109,21 @@ def _status(routes: APIRouter, service: Operations) -> None:
         feed.admit()
         told = feed.events()
         return EventStream(told, told)
+
+
+def _report(routes: APIRouter, service: Operations, token: str | None, remote: bool) -> None:
+    @routes.get("/adaptd/report")
+    async def report(
+        request: Request,
+        since: Annotated[str, Query(max_length=32)] = "7d",
+        baseline: Baseline = "first",
+        traces: Annotated[int, Query(ge=1, le=4000)] = 400,
+    ) -> Response:
+        # It names single tokens of answers: from another machine that takes the administrator's token.
+        if not _is_local(request):
+            _authorise(request, token, remote)
+        found = await service.report(since, baseline, traces)
+        return JSONResponse(dict(found), headers={"cache-control": "no-store"})
 
 
 def _checkpoints(routes: APIRouter, service: Operations, token: str | None, remote: bool) -> None:

@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from adaptd.report.split import Baseline
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -116,6 +118,14 @@ class Operations(Protocol):
 
         where a window is `now`, `1h` or `24h` and metrics are {"requests": int, "mal": x, "token_acceptance": x,
         "block_acceptance": x, "by_depth": [x]}.
+        """
+        ...
+
+    async def report(self, since: str, baseline: Baseline, traces: int) -> Mapping[str, Any]:
+        """What `adaptd report` draws of the period since then, as plain JSON; single tokens of answers are in it.
+
+        Args:
+          baseline: what the end of the period is compared with. traces: read of each stratum of the replay buffer.
         """
         ...
 

@@ -76,7 +76,7 @@ HOMES = {
     "structlog": {"adaptd"},
     "pyarrow": {"adaptd.ingest.rows"},
     "zstandard": {"adaptd.ingest.files"},
-    "matplotlib": {"adaptd.report.charts", "adaptd.report.shift", "adaptd.report.replay"},
+    "matplotlib": {"adaptd.report.charts", "adaptd.report.shift", "adaptd.report.replay", "adaptd.report.period"},
 }
 # Side-effecting libraries that the pure package must never see.
 POLICIES_MAY_IMPORT = {"numpy", "torch", "river"}

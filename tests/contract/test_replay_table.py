@@ -304,6 +304,19 @@ def test_all_is_ordered_limited_and_not_sampling(backend: Backend) -> None:
     assert len(some) == 10
     assert {s.info.key for s in some} < {s.info.key for s in table.all("anchors")}
     assert table.all("anchors", 0) == []
+    keys = [s.info.key for s in table.all("recent")]
+    assert [s.info.key for s in table.all("recent", 5, keys[97])] == keys[98:]
+    assert table.all("recent", None, keys[-1]) == []
+    assert table.info().sampled_total == 0
+
+
+def test_a_spread_goes_from_the_oldest_to_the_newest_and_is_not_sampling(backend: Backend) -> None:
+    table = backend.table()
+    fill(table, 100)
+    assert numbers(table.spread("recent", 4)) == [0, 33, 66, 99]
+    assert numbers(table.spread("recent", 200)) == list(range(100))
+    assert len(table.spread("anchors", 7)) == 7
+    assert table.spread("recent", 0) == table.spread("reserved", 5) == []
     assert table.info().sampled_total == 0
 
 

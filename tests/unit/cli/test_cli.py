@@ -21,6 +21,8 @@ def test_status_says_plainly_that_no_daemon_runs(tmp_path: Path) -> None:
     assert found.returncode == 69
     assert "no adaptd daemon runs" in found.stderr
     assert "adaptd serve" in found.stderr
+    assert run(tmp_path, "report", "--out", str(tmp_path / "out")).stderr == found.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,9 @@ def test_status_says_plainly_that_no_daemon_runs(tmp_path: Path) -> None:
         (["serve", "--set", "engine.kk=3"], 78, "the nearest is 'engine.k'"),
         (["serve", "--config", "/nonexistent.yaml"], 78, "cannot be read"),
         (["frobnicate"], 2, "No such command"),
+        (["status", "--since", "7 parsecs"], 2, "such as 7d"),
+        (["report", "--since", "2999-01-01"], 2, "must lie in the past"),
+        (["serve", "--set", "trends.groups={units: '['}"], 78, "no regular expression"),
         (["eval", "/nonexistent.jsonl"], 1, "cannot be read"),
     ],
 )

@@ -94,6 +94,9 @@ class FakeService:
             raise RequestRefused("since ('yesterday') must be a number and a unit, such as 1h")
         return {"engine": "native", "draft": {"version": 3}}
 
+    async def report(self, since: str, baseline: str, traces: int) -> Mapping[str, Any]:
+        return {"since": since, "baseline": baseline, "traces": traces}
+
     def metrics(self) -> bytes:
         return b"# TYPE adaptd_requests_total counter\nadaptd_requests_total 7\n"
 

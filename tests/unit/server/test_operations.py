@@ -111,6 +111,19 @@ def test_another_machine_is_let_in_where_told(app: Any, call: Any, service: Any)
     assert call("POST", PROMOTE, client=("10.0.0.7", 1), headers=TOKEN, json={"version": 1}).status_code == 200
 
 
+def test_a_report_names_tokens_and_is_for_this_machine_or_an_administrator(app: Any, call: Any, service: Any) -> None:
+    found = call("GET", "/adaptd/report?since=2w&baseline=day0&traces=10")
+    assert found.json() == {"since": "2w", "baseline": "day0", "traces": 10}
+    assert found.headers["cache-control"] == "no-store"
+    assert call("GET", "/adaptd/report").json()["since"] == "7d"
+    for query in ("baseline=gold", "traces=0", "traces=many"):
+        assert call("GET", f"/adaptd/report?{query}").status_code == 400
+    assert call("GET", "/adaptd/report", client=("10.0.0.7", 1), headers=TOKEN).status_code == 403
+    app.router.routes[:] = create_app(service, admin_token="correct-horse", admin_remote=True).router.routes
+    assert call("GET", "/adaptd/report", client=("10.0.0.7", 1), headers=TOKEN).status_code == 200
+    assert call("GET", "/adaptd/report", client=("10.0.0.7", 1)).status_code == 401
+
+
 @pytest.mark.parametrize("token", [None, ""])
 def test_without_a_configured_token_administration_is_off(app: Any, call: Any, service: Any, token: str | None) -> None:
     app.router.routes[:] = create_app(service, admin_token=token).router.routes
