@@ -9,6 +9,7 @@ SERVICE_STOPPED = "service.stopped"  # seconds
 REQUEST_FINISHED = "request.finished"  # request_id, domain, tokens, rounds, mal, draft_version, finish_reason, seconds
 REQUEST_REFUSED = "request.refused"  # status, code
 REQUEST_FAILED = "request.failed"  # request_id, error
+STATUS_FAILED = "status.failed"  # error
 DECODER_LOST = "decoder.lost"  # decoder, error
 DRIFT_DETECTED = "drift.detected"  # domain, before, after, direction
 LEARNER_TICKED = "learner.ticked"  # reason, steps, loss, seconds, tokens_per_s, verdict

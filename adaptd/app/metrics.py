@@ -55,6 +55,15 @@ class Metrics:
             for domain, counts in totals.items():
                 family.add_metric([domain], counts[key])
             yield family
+        for key, text in (
+            ("reached", "Proposals that were judged, by their depth in the block."),
+            ("accepted", "Proposals that were accepted, by their depth in the block."),
+        ):
+            family = CounterMetricFamily(f"adaptd_depth_{key}_total", text, labels=["domain", "depth"])
+            for domain, depths in self._daemon.monitor.depths().items():
+                for depth, value in enumerate(depths[key], 1):
+                    family.add_metric([domain, str(depth)], value)
+            yield family
         family = CounterMetricFamily("adaptd_drift_events_total", "Drift events.", labels=["domain"])
         for domain, count in self._daemon.monitor.drifts.items():
             family.add_metric([domain], count)
@@ -73,6 +82,7 @@ def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
     """What only the actors and the buffer know, from the last status that was gathered."""
     decoders: list[dict[str, dict[str, float]]] = status["decoders"]  # type: ignore[assignment]
     yield _gauge("adaptd_decoders_up", "Decoder actors that take requests.", len(decoders))
+    yield _counter("adaptd_decoders_lost_total", "Decoder actors that died.", float(status["decoders_lost"]))  # type: ignore[arg-type]
     for key, text in (("written", "Traces written."), ("dropped", "Traces dropped before the buffer.")):
         yield _counter(f"adaptd_traces_{key}_total", text, sum(d["writer"][key] for d in decoders))
     recalled = sum(d["engine"]["recalled"] for d in decoders)
@@ -84,21 +94,17 @@ def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
     series: dict[str, Any] = status["series"]  # type: ignore[assignment]
     yield _gauge("adaptd_series_available", "1 if the time series takes points.", float(series["error"] is None))
     yield _counter("adaptd_series_lost_requests_total", "Requests missing in the time series.", series["lost"])
-    buffer: dict[str, object] = status["buffer"]  # type: ignore[assignment]
-    yield _gauge("adaptd_buffer_available", "1 if the replay buffer answers.", float(bool(buffer["available"])))
-    if buffer["available"]:
-        family = GaugeMetricFamily("adaptd_buffer_traces", "Traces in the replay buffer.", labels=["stratum"])
-        for stratum, size in buffer["sizes"].items():  # type: ignore[attr-defined]
-            family.add_metric([stratum], size)
-        yield family
+    yield from _buffer(status["buffer"])  # type: ignore[arg-type]
     yield from _economics(status["economics"])  # type: ignore[arg-type]
     yield from _watch(status["watch"])  # type: ignore[arg-type]
     if "proxy" in status:
         yield from _proxy(status["proxy"], status["upstream"])  # type: ignore[arg-type]
-        yield from publisher_metrics(status["publisher"])  # type: ignore[arg-type]
+        servers: list[dict[str, Any]] = status["upstream"]["servers"]  # type: ignore[index]
+        yield from publisher_metrics({server["url"]: server["publisher"] for server in servers})
     learner: dict[str, float] | None = status["learner"]  # type: ignore[assignment]
     if learner is not None:
         for key, text in (
+            ("ticks", "Times that it looked for something to learn and found it."),
             ("steps", "Optimiser steps."),
             ("skipped_steps", "Steps whose loss was not finite."),
             ("promoted", "Candidates promoted."),
@@ -106,6 +112,24 @@ def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
             ("restarts", "Restarts of the learner from a published version."),
         ):
             yield _counter(f"adaptd_learner_{key}_total", text, learner[key])
+
+
+def _buffer(buffer: dict[str, Any]) -> Iterator[Metric]:
+    """Of the replay buffer; while it does not answer only that."""
+    yield _gauge("adaptd_buffer_available", "1 if the replay buffer answers.", float(bool(buffer["available"])))
+    if not buffer["available"]:
+        return
+    for key, name, text in (
+        ("sizes", "traces", "Traces in the replay buffer."),
+        ("bytes", "bytes", "Bytes of traces in the replay buffer; one in recent and anchors counts in both."),
+    ):
+        family = GaugeMetricFamily(f"adaptd_buffer_{name}", text, labels=["stratum"])
+        for stratum, value in buffer[key].items():
+            family.add_metric([stratum], value)
+        yield family
+    yield _gauge("adaptd_buffer_max_bytes", "What recent and anchors may take together.", buffer["max_bytes"])
+    for key, text in (("inserted", "Traces inserted."), ("evicted", "Traces that left because of the budget.")):
+        yield _counter(f"adaptd_buffer_{key}_total", text, buffer[f"{key}_total"])
 
 
 def _economics(found: dict[str, Any]) -> Iterator[Metric]:
@@ -152,7 +176,7 @@ def _proxy(proxy: dict[str, Any], upstream: dict[str, Any]) -> Iterator[Metric]:
         ("in_flight", "in_flight", "Requests that this server works on."),
         ("draft_version", "draft_version", "Draft version that this server has, as far as known."),
     ):
-        each = GaugeMetricFamily(f"adaptd_upstream_server_{name}", text, labels=["upstream"])
+        each = GaugeMetricFamily(f"adaptd_upstream_server_{name}", text, labels=["server"])
         for server in upstream["servers"]:
             value = server["up"] and not server["left_out"] if key == "up" else server[key]
             each.add_metric([server["url"]], float(value))

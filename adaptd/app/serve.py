@@ -20,7 +20,7 @@ from adaptd.app.sidecar import SidecarDaemon
 from adaptd.config import Config
 from adaptd.errors import AdaptdError
 from adaptd.log import logger
-from adaptd.server.app import create_app, create_operations_app
+from adaptd.server.app import LINGER_S, create_app, create_operations_app
 from adaptd.sidecar.dispatch import Dispatch
 
 _log = logger(__name__)
@@ -79,6 +79,7 @@ async def _serve(config: Config) -> None:
             log_config=None,
             access_log=False,
             lifespan="off",
+            timeout_graceful_shutdown=LINGER_S,
             server_header=own_headers,
             date_header=own_headers,
         )

@@ -155,6 +155,14 @@ class Monitor:
         names = ("requests", "tokens", "rounds", "proposed", "accepted")
         return {domain: dict(zip(names, map(float, sums[:5]), strict=True)) for domain, sums in self._totals.items()}
 
+    def depths(self) -> dict[str, dict[str, list[float]]]:
+        """Counts since start, by domain: proposals reached and accepted at each depth, [k] both."""
+        k = self._k
+        return {
+            domain: {"reached": sums[5 : 5 + k].tolist(), "accepted": sums[5 + k :].tolist()}
+            for domain, sums in self._totals.items()
+        }
+
     def status(self) -> dict[str, Any]:
         """Everything `adaptd status` shows of acceptance and drift, as JSON values."""
         return {

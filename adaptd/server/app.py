@@ -5,12 +5,15 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from adaptd import __version__
-from adaptd.server import completions, errors, operations
+from adaptd.server import completions, dashboard, errors, operations
 from adaptd.server.middleware import RequestContext
 from adaptd.server.service import Operations, Service
 
 #: Longest request body: a context of a million tokens as text is about 4 MiB.
 MAX_BODY_BYTES = 16 * 2**20
+#: Seconds for connections that are still open once a daemon has drained. Every answer was given by then: what is left is
+#: who looks at the dashboard from a machine that sleeps.
+LINGER_S = 5
 
 
 def create_app(
@@ -49,4 +52,5 @@ def _bare(max_body_bytes: int) -> FastAPI:
     app = FastAPI(title="adaptd", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.add_middleware(RequestContext, max_body_bytes=max_body_bytes)
     errors.install(app)
+    app.include_router(dashboard.router())
     return app

@@ -1,22 +1,20 @@
-"""Everything beside generation: models, health, metrics, status, checkpoints and the dashboard."""
+"""Everything beside generation but the dashboard: models, health, metrics, status and checkpoints."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import hmac
 import ipaddress
-import re
-from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from adaptd.errors import RequestRefused, UnknownModel
 from adaptd.report.split import Baseline
+from adaptd.server.feed import StatusFeed
 from adaptd.server.service import Operations, Service
+from adaptd.server.streams import EventStream
 
 #: Seconds after which a probe or a client may ask a daemon again that is loading or draining.
 _RETRY_S = 1
@@ -100,15 +98,17 @@ def _health(routes: APIRouter, service: Operations) -> None:
 
 
 def _status(routes: APIRouter, service: Operations) -> None:
-    page, policy = _dashboard()
+    feed = StatusFeed(service)
 
     @routes.get("/adaptd/status")
     async def status(since: Annotated[str | None, Query(max_length=32)] = None) -> Response:
         return JSONResponse(dict(await service.status(since)), headers={"cache-control": "no-store"})
 
-    @routes.get("/")
-    async def dashboard() -> Response:
-        return HTMLResponse(page, headers={"content-security-policy": policy, "cache-control": "no-cache"})
+    @routes.get("/adaptd/stream")
+    async def stream() -> Response:
+        feed.admit()
+        told = feed.events()
+        return EventStream(told, told)
 
 
 def _report(routes: APIRouter, service: Operations, token: str | None, remote: bool) -> None:
@@ -168,18 +168,3 @@ def _is_local(request: Request) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
-
-
-def _dashboard() -> tuple[str, str]:
-    """The page, and a policy that lets it run its own script and style, talk to this server, and nothing else."""
-    page = resources.files("adaptd.server").joinpath("dashboard.html").read_text(encoding="utf-8")
-
-    def hashes(tag: str) -> str:
-        bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(b.encode()).digest()).decode()}'" for b in bodies)
-
-    policy = (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return page, policy

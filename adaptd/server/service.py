@@ -102,15 +102,22 @@ class Operations(Protocol):
 
             {"adaptd_version": str, "deployment": str, "engine": str, "k": int, "uptime_s": float, "in_flight": int,
              "draining": bool, "draft": {"version": int, "age_s": float | None, "scope": str},
-             "acceptance": {window: metrics, "drift": {"state": {domain: {...}}, "events": [{"domain", "at", ...}]},
+             "acceptance": {window: metrics, "drift": {"events": [{"domain", "at", "direction", "before", "after"}]},
                             "domains": {name: {window: metrics, "sparkline": [mal, oldest first]}}},
              "buffer": {"available": bool, "error": str, "sizes": {stratum: traces}, "bytes": {stratum: bytes},
-                        "stored_bytes": int, "max_bytes": int},
-             "decoders": [{"draft_version": int, "swap": {"swaps", "refusals", "max_pause_s"}, "writer": {"dropped"}}],
-             "learner": {"steps": int, "last_loss": x, "promoted": int, "rejected": int} | None,
-             "events": [{"at": Unix seconds, "kind": str, ...}, newest last]}
+                        "stored_bytes": int, "max_bytes": int, "inserted_total", "evicted_total", "refused_total": {...}},
+             "decoders": [{"draft_version": int, "swap": {"swaps", "refusals", "max_pause_s"},
+                           "writer": {"written", "dropped"}}],
+             "learner": {"steps", "ticks", "last_loss", "promoted", "rejected", "restarts", "skipped_steps",
+                         "history": [{"at", "reason", "loss", "published", "verdict": {"reason", "gain", "on_base"}}]} | None,
+             "watch": `adaptd.app.watching.Watching.status`, "economics": `adaptd.report.economics`,
+             "events": [{"at": Unix seconds, "kind": str, ...}, newest last],
+             "upstream", "publisher", "proxy": of a daemon in front of servers (`adaptd.app.sidecar`),
+             "trends": with `since`, what was seen in that time: {"from", "to", "step_s", "at": [Unix seconds],
+                       "domains": {name: {"requests", "mal", "token_acceptance": [x or None]}}, "events": [...]}}
 
-        where a window is `now`, `1h` or `24h` and metrics are {"requests": int, "mal": x, "token_acceptance": x}.
+        where a window is `now`, `1h` or `24h` and metrics are {"requests": int, "mal": x, "token_acceptance": x,
+        "block_acceptance": x, "by_depth": [x]}.
         """
         ...
 

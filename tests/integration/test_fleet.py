@@ -181,7 +181,7 @@ def test_the_canarys_traffic_decides_and_a_killed_server_is_not_noticed(
         assert [server["draft_version"] for server in status["upstream"]["servers"]] == [3, 3]
         assert "2" in status["watch"]["quarantined"]
         metrics = Metrics(daemon).expose().decode()
-        assert f'adaptd_upstream_server_draft_version{{upstream="{urls[1]}"}} 3.0' in metrics
+        assert f'adaptd_upstream_server_draft_version{{server="{urls[1]}"}} 3.0' in metrics
         assert "adaptd_versions_quarantined 1.0" in metrics
 
         asking = asyncio.create_task(ask(150))

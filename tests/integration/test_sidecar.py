@@ -6,6 +6,7 @@ tests/integration/vllm/.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,7 +166,7 @@ def test_the_sidecar_serves_captures_learns_and_stops(upstream: str, tmp_path: P
         metrics = client.get("/metrics").text
         assert 'adaptd_requests_total{domain="math"} 12.0' in metrics
         assert 'adaptd_proxy_uncaptured_total{reason="opted out"} 1.0' in metrics
-        assert "adaptd_publisher_active 0.0" in metrics
+        assert re.search(r'adaptd_publisher_active\{server="http[^"]+"\} 0\.0', metrics)
         trends = client.get("/adaptd/status", params={"since": "1h"}).json()["trends"]["summary"]["math"]
         assert (trends["requests"], trends["mal"], [d["acceptance"] for d in trends["by_depth"]]) == (
             12,

@@ -60,9 +60,10 @@ def test_status_metrics_and_doctor_show_the_publisher(server: VllmServer, daemon
     shown = daemon.cli("status")
     assert f"version {publisher['version']} in the server" in shown.stdout.replace("\n", " ")
     metrics = httpx.get(f"{daemon.url}/metrics", timeout=10).text
-    assert "adaptd_publisher_active 1.0" in metrics
-    assert f"adaptd_publisher_version {publisher['version']:.1f}" in metrics
-    assert 'adaptd_publisher_target_tensors{kind="checked"}' in metrics
+    where = f'server="{daemon.status()["upstream"]["url"]}"'
+    assert f"adaptd_publisher_active{{{where}}} 1.0" in metrics
+    assert f"adaptd_publisher_version{{{where}}} {publisher['version']:.1f}" in metrics
+    assert f'adaptd_publisher_target_tensors{{kind="checked",{where}}}' in metrics
     checks = {c["name"]: c for c in json.loads(daemon.cli("doctor", "--json").stdout)}
     wrong = {name: c["found"] for name, c in checks.items() if c["state"] != "ok"}
     assert not wrong

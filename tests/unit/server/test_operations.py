@@ -1,14 +1,7 @@
-"""Models, health, metrics, status, administration and the dashboard."""
+"""Models, health, metrics, status and administration."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import re
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,88 +139,3 @@ def test_a_version_that_is_not_there_is_404_and_one_that_is_no_number_400(call: 
     for version in (0, "x", None):
         answer = call("POST", PROMOTE, headers=TOKEN, json={"version": version})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "version")
-
-
-def test_the_dashboard_needs_nothing_from_elsewhere_and_may_run_nothing_else(call: Any) -> None:
-    answer = call("GET", "/")
-    page, policy = answer.text, answer.headers["content-security-policy"]
-    assert answer.headers["content-type"].startswith("text/html")
-    assert set(re.findall(r"https?://[^\"'\s]+", page)) == {"http://www.w3.org/2000/svg"}
-    assert "/adaptd/status" in page
-    assert "prefers-color-scheme: dark" in page
-    assert "innerHTML" not in page
-    for tag in ("script", "style"):
-        (body,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in policy
-    assert "default-src 'none'" in policy
-    assert "unsafe" not in policy
-
-
-STATUS = {
-    "deployment": "default",
-    "adaptd_version": "0.1.0",
-    "engine": "native",
-    "k": 4,
-    "uptime_s": 4000.0,
-    "in_flight": 2,
-    "draining": False,
-    "draft": {"version": 7, "age_s": 90.0, "scope": "private_expert"},
-    "acceptance": {
-        "now": {"mal": 1.87, "token_acceptance": 0.217},
-        "1h": {"mal": 1.5, "token_acceptance": 0.1},
-        "24h": {"mal": None, "token_acceptance": None},
-        "domains": {
-            "<b>math</b>": {
-                "now": {"mal": 1.36, "token_acceptance": 0.09},
-                "1h": {"mal": 1.4, "token_acceptance": 0.1},
-                "24h": {"mal": 1.4, "token_acceptance": 0.1, "requests": 1234},
-                "sparkline": [1.2, 1.5, 2.0],
-            },
-        },
-        "drift": {"state": {}, "events": [{"domain": "<b>math</b>", "direction": "down", "at": 1_700_000_000}]},
-    },
-    "buffer": {"available": True, "sizes": {"recent": 500}, "bytes": {"recent": 5_000_000}, "stored_bytes": 5_000_000},
-    "decoders": [
-        {"draft_version": 7, "swap": {"swaps": 3, "refusals": 1, "max_pause_s": 0.004}, "writer": {"dropped": 2}}
-    ],
-    "learner": {"steps": 640, "last_loss": 0.5, "promoted": 3, "rejected": 2},
-    "events": [
-        {"at": 1_700_000_000, "kind": "promoted", "version": 7, "gain": {"mean": 0.1, "low": 0.05, "high": 0.2}}
-    ],
-}
-
-
-@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script; it is not needed to use adaptd")
-def test_the_dashboards_script_shows_a_status_and_says_when_there_is_none(call: Any, tmp_path: Path) -> None:
-    (script,) = re.findall(r"<script>(.*?)</script>", call("GET", "/").text, re.DOTALL)
-    (tmp_path / "page.js").write_text(script, encoding="utf-8")
-    dom = Path(__file__).with_name("dashboard_dom.js")
-
-    def shown(status: Any) -> dict[str, Any]:
-        command = ["node", str(dom), str(tmp_path / "page.js"), json.dumps(status)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-        assert result.returncode == 0, result.stderr
-        found: dict[str, Any] = json.loads(result.stdout)
-        return found
-
-    page = shown(STATUS)
-    assert page["polled"] == "/adaptd/status"
-    assert page["again_ms"] == 2000
-    assert page["state"] == "serving"
-    for words in ("draft version", "7", "1.87", "21.7 %", "640", "3", "1 refused; longest pause 4.0 ms"):
-        assert words in page["tiles"]
-    assert "<b>math</b>" in page["domains"], "a name is shown as text"
-    assert "1.36" in page["domains"]
-    assert "down" in page["domains"]
-    assert page["curves"] == ["4.0,24.8 90.0,17.0 176.0,4.0"]
-    assert "500 traces" in page["buffer"]
-    assert "gain 0.100 [0.050, 0.200]" in page["events"]
-    down = shown({**STATUS, "buffer": {"available": False, "error": "refused"}, "learner": None, "draining": True})
-    assert "unavailable: refused" in down["buffer_note"]
-    assert "learn.enabled is false" in down["tiles"]
-    assert down["state"] == "draining"
-    assert shown({})["state"] == "serving", "a young daemon has little to tell"
-    gone = shown(None)
-    assert gone["state"].startswith("no status")
-    assert gone["again_ms"] == 2000
