@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import statistics
 import sys
@@ -225,17 +226,11 @@ def main() -> None:
         process, url, told = start_proxy(options.url, *settings)
         ways[name] = Way(Load(url, options.model, options.tokens, {}), process, told)
     rows: dict[str, dict[int, list[dict[str, float]]]] = {name: {c: [] for c in options.concurrency} for name in ways}
-    for number in range(options.rounds + 1):
-        for concurrency in options.concurrency:
-            # About as long: one request alone is served faster, but not sixteen times as fast.
-            requests = options.requests if concurrency > 4 else max(4, options.requests // 5)
-            order = list(ways)
-            random.Random(number).shuffle(order)
-            for name in order:
-                found = ways[name].measure(concurrency, requests)
-                if number:  # the first round warms everything up
-                    rows[name][concurrency].append(found)
-        print(f"round {number} of {options.rounds}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        measure(ways, rows, options)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured until then", file=sys.stderr)
     for way in ways.values():
         if way.process is not None:
             way.process.terminate()
@@ -244,12 +239,30 @@ def main() -> None:
         options.json.write_text(json.dumps({"options": vars(options) | {"json": None}, "rows": rows}, indent=1))
 
 
+def measure(
+    ways: dict[str, Way], rows: dict[str, dict[int, list[dict[str, float]]]], options: argparse.Namespace
+) -> None:
+    """All rounds, into `rows`."""
+    for number in range(options.rounds + 1):
+        for concurrency in options.concurrency:
+            # About as long: one request alone is served faster, but not sixteen times as fast.
+            requests = options.requests if concurrency > 4 else max(4, options.requests // 5)
+            order = list(ways)
+            random.Random(number).shuffle(order)
+            found = {name: ways[name].measure(concurrency, requests) for name in order}
+            for name, row in found.items() if number else ():  # the first round warms everything up
+                rows[name][concurrency].append(row)
+        print(f"round {number} of {options.rounds}", file=sys.stderr)
+
+
 def show(rows: dict[str, dict[int, list[dict[str, float]]]]) -> None:
     """Ratios to direct access of the same round: of throughput over all rounds together, because a budget is spent in some
     of them and saved in others; of times the median; each with (lowest to highest).
     """
     keys = ("tokens_per_s", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99")
     for concurrency, base in rows["direct"].items():
+        if not base:
+            continue
         plain = ", ".join(
             f"{key} {statistics.median(r[key] for r in base) * (1 if key == 'tokens_per_s' else 1e3):.1f}"
             for key in keys
