@@ -49,7 +49,8 @@ class Seen:
     @property
     def tokens(self) -> int:
         """Tokens of the answer, by the server's own count; 0 if it does not say."""
-        return int((self.usage or {}).get("completion_tokens") or 0)
+        found = (self.usage or {}).get("completion_tokens")
+        return found if isinstance(found, int) else 0
 
     @property
     def finished(self) -> bool:

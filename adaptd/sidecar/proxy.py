@@ -27,7 +27,7 @@ from adaptd.sidecar.answer import Seen, StreamRestorer, restore
 from adaptd.sidecar.fleet import Alone, Fleet, Server
 from adaptd.sidecar.headers import Labels, RawHeaders, is_development_route, to_client, to_server
 from adaptd.sidecar.request import PATHS, Plan
-from adaptd.sidecar.share import CaptureShare
+from adaptd.sidecar.share import CaptureShare, Ticket
 
 _log = logger(__name__)
 #: What vLLM refuses a request with before it generates.
@@ -154,13 +154,12 @@ class Proxy:
             return
         labels = Labels.of(scope["headers"])
         plan = self._plan(scope, body, labels)
-        ticket = self._share.begin(plan.captured) if self._share is not None and plan is not None else None
+        ticket = self._begun(plan)
         seen: Seen | None = None
         try:
             seen = await self._answered(scope, body, labels, plan, started, send)
         finally:
-            if self._share is not None and ticket is not None:
-                self._share.end(ticket, seen.tokens if seen is not None else 0)
+            self._ended(ticket, seen)
 
     async def _answered(
         self, scope: Scope, body: bytes, labels: Labels, plan: Plan | None, started: float, send: Send
@@ -227,6 +226,20 @@ class Proxy:
         if plan is not None and plan.why_not is not None:
             self.counts.uncaptured[plan.why_not] += 1
         return plan
+
+    def _begun(self, plan: Plan | None) -> Ticket | None:
+        try:
+            return self._share.begin(plan.captured) if self._share is not None and plan is not None else None
+        except Exception as error:
+            self._fault("share", error)
+            return None
+
+    def _ended(self, ticket: Ticket | None, seen: Seen | None) -> None:
+        try:
+            if self._share is not None and ticket is not None:
+                self._share.end(ticket, seen.tokens if seen is not None else 0)
+        except Exception as error:
+            self._fault("share", error)
 
     def _tell(self, done: Done) -> None:
         try:
