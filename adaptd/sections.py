@@ -37,8 +37,10 @@ class UpstreamConfig(Section):
     """Seconds between two looks at the server's health."""
     top_logprobs: int = Field(8, ge=1, le=256)
     """Most likely target tokens asked for at each position; bounded by the server's --max-logprobs."""
-    capture_share: float = Field(0.5, ge=0, le=1)
-    """Share of requests that are captured; the acceptance of the others is counted, their tokens are not asked for."""
+    capture_share: float = Field(1.0, ge=0, le=1)
+    """Largest share of requests that are captured; the acceptance of the others is counted, their tokens are not asked for."""
+    capture_budget: float = Field(0.02, ge=0, le=1)
+    """Part of the server's speed that capture may cost, as measured: at high load fewer are captured; 1: whatever it costs."""
     draft_sampling: Literal["greedy", "probabilistic"] = "greedy"
     """The server's draft_sample_method: it decides what acceptance means, so learner and gate follow it."""
     plain_tokens_per_s: Rate | Annotated[dict[int, Rate], Field(min_length=1)] | None = None

@@ -45,7 +45,7 @@ _WAIT_S = 300.0
 #: The demonstration's settings over the defaults: a scope that a running server can take, all traffic captured, short ticks.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "engine": {"kind": "vllm", "max_length": 320},
-    "upstream": {"capture_share": 1.0, "poll_s": 0.5, "publish": True},
+    "upstream": {"capture_budget": 1.0, "poll_s": 0.5, "publish": True},
     "adapt": {"gated": False, "head_rank": 0, "embed_rank": 0},
     "capture": {"reserved_share": 0.2},
     "learn": {"interval_s": 15.0},

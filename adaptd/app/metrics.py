@@ -181,6 +181,14 @@ def _proxy(proxy: dict[str, Any], upstream: dict[str, Any]) -> Iterator[Metric]:
             value = server["up"] and not server["left_out"] if key == "up" else server[key]
             each.add_metric([server["url"]], float(value))
         yield each
+    capture = upstream["capture"]
+    if capture["in_force"] is not None:
+        yield _gauge("adaptd_capture_share", "Share of the last requests that were captured.", capture["in_force"])
+    yield _gauge(
+        "adaptd_capture_cost",
+        "Part of a request's speed that capture costs at this load while it is on.",
+        capture["cost"],
+    )
     yield _gauge("adaptd_proxy_in_flight", "Requests being passed.", proxy["in_flight"])
     family = CounterMetricFamily("adaptd_proxy_uncaptured_total", "Requests not captured.", labels=["reason"])
     for reason, count in proxy["uncaptured"].items():

@@ -31,6 +31,7 @@ from adaptd.sidecar.load import plain_rate
 from adaptd.sidecar.proxy import Done, Proxy
 from adaptd.sidecar.request import Plan, plan
 from adaptd.sidecar.rollout import Rollout
+from adaptd.sidecar.share import CaptureShare
 from adaptd.sidecar.steps import Figures, figures
 from adaptd.sidecar.traces import Provenance, settings
 from buffers.writer import TraceWriter, WriterStats
@@ -62,13 +63,21 @@ class SidecarDaemon(Adaptation):
         self.rollout = Rollout(self.upstream, lambda: self.store.current() or 0, lambda: self.watching.settled)
         self.publications = [self._publication(config, server, i) for i, server in enumerate(self.upstream.servers)]
         self._target_id = ""
-        self._share = random.Random(config.seed)
+        learn = config.learn
+        self.share = CaptureShare(
+            config.upstream.capture_share,
+            config.upstream.capture_budget,
+            useful=learn.batch_traces * learn.steps_per_tick,
+            tick_s=learn.interval_s,
+            uniform=random.Random(config.seed).random,
+        )
         self._capture: CaptureThread | None = None
         self._writer: TraceWriter | None = None
         self.proxy = Proxy(
             self.upstream,
             self._plan,
             self._report,
+            share=self.share,
             development_routes=config.upstream.development_routes,
         )
 
@@ -174,18 +183,17 @@ class SidecarDaemon(Adaptation):
             return "starting"
         if not labels.store:
             return "opted out"
-        return None if self._share.random() < self.config.upstream.capture_share else "not in the share"
+        return self.share.why_not()
 
     def _report(self, done: Done) -> None:
         """Count an answer, hand it to the capture thread. Called in the event loop, after the client has its answer."""
         found = figures(done.seen.speculative)
-        tokens = int((done.seen.usage or {}).get("completion_tokens") or 0)
         self.observe(_finished(done, found, self.config.engine.k))
         _log.info(
             events.REQUEST_FINISHED,
             request_id=done.seen.answer_id,
             domain=done.labels.domain,
-            tokens=tokens,
+            tokens=done.seen.tokens,
             rounds=found.rounds if found else 0,
             mal=round(1 + found.accepted / found.rounds, 3) if found and found.rounds else None,
             draft_version=done.draft_version,
@@ -239,7 +247,7 @@ class SidecarDaemon(Adaptation):
                     for server, publication in zip(self.upstream.servers, self.publications, strict=True)
                 ],
                 "canary": self.rollout.canary,
-                "capture_share": self.config.upstream.capture_share,
+                "capture": self.share.status(),
                 **dataclasses.asdict(self.upstream.capabilities),
             },
             "publisher": self._first().status(),

@@ -131,13 +131,22 @@ def _watch_row(watch: dict[str, Any]) -> str:
 def _server_row(upstream: dict[str, Any]) -> str:
     if not upstream["up"]:
         return f"[red]down[/]: {upstream['error']} (adaptd looks again)"
-    captured = f"top {upstream['top_logprobs']} of {upstream['capture_share']:.0%} of the requests captured"
+    captured = f"top {upstream['top_logprobs']} of {_captured(upstream['capture'])}"
     acceptance = (
         ""
         if upstream["per_step"]
         else "; [red]no acceptance[/]: start it with --per-request-spec-decode-metrics detailed"
     )
     return f"{upstream['url']}, vLLM {upstream['version']}; {upstream['reason'] or captured}{acceptance}"
+
+
+def _captured(capture: dict[str, Any]) -> str:
+    """The share in force, and why it is not more."""
+    if capture["in_force"] is None:
+        return "the requests captured"
+    why = f" ({capture['bound_by']})" if capture["bound_by"] else ""
+    cost = f"it slows requests by {capture['cost']:.1%} while it is on, {capture['budget']:.0%} over time are allowed"
+    return f"{capture['in_force']:.0%} of the requests captured{why}; {cost}"
 
 
 def server_rows(upstream: dict[str, Any]) -> dict[str, str]:

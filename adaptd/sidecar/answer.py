@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from adaptd.sidecar.middle import middle, unparsed_logprobs
 from adaptd.sidecar.request import Asked, Plan
 from adaptd.sidecar.splice import Edit, NotJson, apply, skip_space, value_at, walk_array, walk_object
 
@@ -24,8 +25,8 @@ class ChoiceSeen:
     """One answer's tokens."""
 
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
-    """Log-probabilities as the server sent them, one piece an event."""
+    logprobs: list[dict[str, Any] | bytes] = field(default_factory=list)
+    """Log-probabilities as the server sent them, one piece an event; bytes are JSON that nobody has parsed yet."""
     prompt_token_ids: list[int] | None = None
     finish_reason: str | None = None
 
@@ -44,6 +45,12 @@ class Seen:
     def choice(self, index: int) -> ChoiceSeen:
         """The record of choice `index`."""
         return self.choices.setdefault(index, ChoiceSeen())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the answer, by the server's own count; 0 if it does not say."""
+        found = (self.usage or {}).get("completion_tokens")
+        return found if isinstance(found, int) else 0
 
     @property
     def finished(self) -> bool:
@@ -102,6 +109,10 @@ def _walk_choice(text: str, at: int, asked: Asked, seen: Seen, body: _Body) -> i
     edits: list[Edit] = []
 
     def member(key: str, start: int) -> int:
+        if key == "logprobs" and asked.logprobs and (found := unparsed_logprobs(text, start)):
+            values[key] = found[0]
+            edits.append(Edit(start, found[1], "null"))
+            return found[1]
         value, end = value_at(text, start)
         values[key] = value
         mine = asked.logprobs if key == "logprobs" else asked.token_ids and key in ("token_ids", "prompt_token_ids")
@@ -112,7 +123,7 @@ def _walk_choice(text: str, at: int, asked: Asked, seen: Seen, body: _Body) -> i
     end = walk_object(text, at, member)
     choice = seen.choice(values["index"] if isinstance(values.get("index"), int) else 0)
     choice.token_ids += values.get("token_ids") or []
-    if asked.logprobs and isinstance(values.get("logprobs"), dict):
+    if asked.logprobs and isinstance(values.get("logprobs"), dict | bytes):
         choice.logprobs.append(values["logprobs"])
     choice.prompt_token_ids = values.get("prompt_token_ids") or choice.prompt_token_ids
     choice.finish_reason = values.get("finish_reason") or choice.finish_reason
@@ -163,6 +174,12 @@ class StreamRestorer:
         if not event.startswith(_DATA) or event[len(_DATA) :] == _DONE:
             self.done = self.done or event == _DATA + _DONE
             return self._release(None) + event + _EVENT_END
+        if self._held is None and (found := middle(event, self._asked)) is not None:
+            choice = self.seen.choice(found.choice)
+            choice.token_ids += found.token_ids
+            if found.logprobs:
+                choice.logprobs.append(found.logprobs)
+            return found.restored + _EVENT_END
         try:
             text = event[len(_DATA) :].decode()
             body = _walk(text, self._asked, self.seen)

@@ -27,6 +27,7 @@ from adaptd.sidecar.answer import Seen, StreamRestorer, restore
 from adaptd.sidecar.fleet import Alone, Fleet, Server
 from adaptd.sidecar.headers import Labels, RawHeaders, is_development_route, to_client, to_server
 from adaptd.sidecar.request import PATHS, Plan
+from adaptd.sidecar.share import CaptureShare, Ticket
 
 _log = logger(__name__)
 #: What vLLM refuses a request with before it generates.
@@ -81,6 +82,7 @@ class Proxy:
       planner: (path, body, labels) to what is sent; None leaves the request alone. May raise.
       report: called in the event loop with every request that was planned and answered; must be quick. May raise.
       draft_version: of the draft that serves now, where `servers` is one client.
+      share: is told when planned requests begin and end.
       development_routes: pass vLLM's unguarded routes.
     """
 
@@ -91,9 +93,11 @@ class Proxy:
         report: Callable[[Done], None],
         draft_version: Callable[[], int] = lambda: 0,
         *,
+        share: CaptureShare | None = None,
         development_routes: bool = False,
     ) -> None:
         self._servers = Alone(servers, draft_version) if isinstance(servers, httpx.AsyncClient) else servers
+        self._share = share
         self._planner, self._report, self._development_routes = planner, report, development_routes
         self.counts = Counts()
         self.closing = False
@@ -150,6 +154,17 @@ class Proxy:
             return
         labels = Labels.of(scope["headers"])
         plan = self._plan(scope, body, labels)
+        ticket = self._begun(plan)
+        seen: Seen | None = None
+        try:
+            seen = await self._answered(scope, body, labels, plan, started, send)
+        finally:
+            self._ended(ticket, seen)
+
+    async def _answered(
+        self, scope: Scope, body: bytes, labels: Labels, plan: Plan | None, started: float, send: Send
+    ) -> Seen | None:
+        """One request answered by whichever server; what it said, or None if it was not read or not complete."""
         tried: list[Alone | Server] = []
         error: httpx.TransportError | None = None
         while (server := self._servers.take(tried)) is not None:
@@ -169,11 +184,12 @@ class Proxy:
             self.counts.rerouted += len(tried) > 1
             if plan is not None and seen is not None and answer.status_code == 200:
                 self._tell(Done(plan, seen, labels, version, time.monotonic() - started, server.name))
-            return
+            return seen
         self.counts.unreachable += 1
         timed_out = isinstance(error, httpx.ReadTimeout)
         message = "gave no answer in time" if timed_out else "is not reachable or broke the connection"
         await _refuse(send, 504 if timed_out else 502, f"the server behind adaptd {message}; retry", "server_error")
+        return None
 
     async def _ask(
         self, server: Alone | Server, scope: Scope, body: bytes, plan: Plan | None, send: Send
@@ -210,6 +226,20 @@ class Proxy:
         if plan is not None and plan.why_not is not None:
             self.counts.uncaptured[plan.why_not] += 1
         return plan
+
+    def _begun(self, plan: Plan | None) -> Ticket | None:
+        try:
+            return self._share.begin(plan.captured) if self._share is not None and plan is not None else None
+        except Exception as error:
+            self._fault("share", error)
+            return None
+
+    def _ended(self, ticket: Ticket | None, seen: Seen | None) -> None:
+        try:
+            if self._share is not None and ticket is not None:
+                self._share.end(ticket, seen.tokens if seen is not None else 0)
+        except Exception as error:
+            self._fault("share", error)
 
     def _tell(self, done: Done) -> None:
         try:

@@ -9,7 +9,9 @@ computes them.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from buffers.trace import NO_TOKEN, Source, Trace, is_reserved
 
 Floats = npt.NDArray[np.float64]
 _PREFIX = "token_id:"
+_CHAT, _TOP, _TOKEN = b'{"content":[', b'"top_logprobs":[', b'"token":'
+_PAIR = re.compile(rb'"token":"token_id:(\d+)","logprob":(-?[\d.]+(?:[eE][-+]?\d+)?)[,}]')
 
 
 class Incomplete(ValueError):
@@ -111,9 +115,13 @@ def _trace(
     return trace
 
 
-def _rows(piece: dict[str, Any]) -> Iterator[list[tuple[int, float]]]:
+def _rows(piece: dict[str, Any] | bytes) -> Iterator[list[tuple[int, float]]]:
     """[(token, log-probability)] of each position of one event, the emitted token first; of either route's form."""
+    if isinstance(piece, bytes) and piece.startswith(_CHAT):
+        yield from _chat_rows(piece)
+        return
     try:
+        piece = json.loads(piece) if isinstance(piece, bytes) else piece
         if "content" in piece:
             for position in piece["content"] or ():
                 pairs = [(position["token"], position["logprob"])]
@@ -125,6 +133,21 @@ def _rows(piece: dict[str, Any]) -> Iterator[list[tuple[int, float]]]:
                 yield _ids([(token, logprob), *top.items()])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Incomplete("log-probabilities are not as expected") from error
+
+
+def _chat_rows(text: bytes) -> Iterator[list[tuple[int, float]]]:
+    """The same from the JSON of a chat answer, whose tokens come with their bytes: most of the text, and never looked at."""
+    emitted, *listed = ([(int(t), float(p)) for t, p in _PAIR.findall(part)] for part in text.split(_TOP))
+    if len(emitted) != 1 or sum(map(len, listed)) + 1 != text.count(_TOKEN):
+        raise Incomplete("log-probabilities are not as expected")
+    for i, pairs in enumerate(listed, 1):
+        # What follows a list is the next position's own token.
+        top, following = (pairs[:-1], pairs[-1:]) if i < len(listed) else (pairs, [])
+        found = dict(emitted)
+        for token, logprob in top:
+            found.setdefault(token, logprob)
+        yield list(found.items())
+        emitted = following
 
 
 def _ids(pairs: list[tuple[str, float]]) -> list[tuple[int, float]]:

@@ -5,6 +5,7 @@ The server is found by ADAPTD_VLLM, a virtual environment's folder; default `.vl
 """
 
 import asyncio
+import contextlib
 import os
 import tomllib
 from collections.abc import Awaitable, Callable, Iterator
@@ -90,10 +91,26 @@ def prepared(swap_settings: Config, tmp_path_factory: pytest.TempPathFactory) ->
 def server(
     vllm_home: Path, plugin: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmServer]:
+    """One for all files of a run: it takes half a minute to start."""
+    with _started(vllm_home, plugin, prepared, tmp_path_factory) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def second(
+    vllm_home: Path, plugin: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmServer]:
+    """Another one of the same pair."""
+    with _started(vllm_home, plugin, prepared, tmp_path_factory) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def _started(home: Path, plugin: Path, draft: Path, folders: pytest.TempPathFactory) -> Iterator[VllmServer]:
     from adaptd.models.load import resolve
 
-    log = tmp_path_factory.mktemp("vllm") / "server.log"
-    running = VllmServer(vllm_home, plugin, resolve("pocket", "target"), prepared, log, log.with_name("fault"))
+    log = folders.mktemp("vllm") / "server.log"
+    running = VllmServer(home, plugin, str(resolve("pocket", "target")), draft, log, log.with_name("fault"))
     try:
         running.start()
         yield running

@@ -35,7 +35,6 @@ class ServedDaemon:
             "upstream.url": upstream,
             "server.port": 0,
             "log.style": "json",
-            "upstream.capture_share": 1.0,
             "upstream.poll_s": 0.5,
             **(settings or {}),
         }

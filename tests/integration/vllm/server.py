@@ -42,6 +42,7 @@ class VllmServer:
             *("--enforce-eager", "--max-num-seqs", "16", "--max-logprobs", "32"),
             *("--speculative-config", speculative, "--weight-transfer-config", '{"backend": "adaptd_disk"}'),
             *("--per-request-spec-decode-metrics", "detailed"),
+            *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         ]
         self._environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("ADAPTD_")},
@@ -76,6 +77,16 @@ class VllmServer:
             time.sleep(0.5)
         self.stop()
         pytest.fail(f"vLLM did not start:\n{self._log.read_text(errors='replace')[-4000:]}")
+
+    def label(self) -> str:
+        """Of the draft's weights; `default` until an update."""
+        return str(httpx.get(f"{self.url}/weight_info", timeout=10).json()["weight_version"])
+
+    def to_day_zero(self) -> None:
+        """Start again if a draft was brought in."""
+        if self.label() != "default":
+            self.stop()
+            self.start()
 
     def stop(self) -> None:
         """Stop it and all its processes."""

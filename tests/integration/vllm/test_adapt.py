@@ -3,13 +3,17 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from functools import partial
 
 import httpx
 import pytest
 
 from adaptd.pocket.shipped import pocket_prompts
+from adaptd.sidecar.client import VllmClient
+from adaptd.sidecar.publisher import Publisher
 from checkpoints.store import CheckpointStore
 from tests.integration.vllm.daemon import ServedDaemon, chat, counted, wait_for
+from tests.integration.vllm.helpers import Draft
 from tests.integration.vllm.server import VllmServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.redis, pytest.mark.slow]
@@ -20,8 +24,7 @@ LAST, SHIFTED = QUESTIONS[:100], QUESTIONS[100:]
 
 @pytest.fixture(scope="module")
 def daemon(server: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedDaemon]:
-    server.stop()
-    server.start()  # at day 0, whatever other tests have brought in
+    server.to_day_zero()
     served = ServedDaemon(tmp_path_factory.mktemp("adapt"), server.url)
     yield served
     served.end()
@@ -70,12 +73,20 @@ def test_status_metrics_and_doctor_show_the_publisher(server: VllmServer, daemon
     assert {"publishing", "plugin", "draft folder", "development routes"} <= checks.keys()
 
 
-def test_a_daemon_that_starts_again_brings_its_version_in_again(server: VllmServer, daemon: ServedDaemon) -> None:
+def test_a_daemon_that_starts_again_brings_its_version_in_again(
+    server: VllmServer, daemon: ServedDaemon, draft: Draft
+) -> None:
+    """Meanwhile others have put day 0 into the server."""
     assert daemon.stop() == 0
     # Read after the stop: a last tick may have published another one meanwhile.
     version = CheckpointStore(daemon.home / "checkpoints").current()
-    server.stop()
-    server.start()
+
+    async def others() -> None:
+        client = VllmClient(server.url)
+        await Publisher(client, partial(asyncio.to_thread, draft.writer.write)).publish(0)
+        await client.close()
+
+    asyncio.run(others())
     daemon.start()
     wait_for("the version", lambda: daemon.status()["publisher"]["version"] == version, 120)
     assert asyncio.run(chat(daemon.url, LAST[:1]))

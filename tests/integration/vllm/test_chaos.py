@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -24,8 +25,8 @@ from tests.integration.vllm.server import VllmServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.redis, pytest.mark.slow]
 
-QUESTIONS = pocket_prompts("math")[:64]
-TOKENS = 40
+QUESTIONS = pocket_prompts("math")[:40]
+TOKENS = 32
 
 
 class Setting:
@@ -92,13 +93,14 @@ class Setting:
 
 @pytest.fixture(scope="module")
 def setting(server: VllmServer, draft: Draft, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
-    server.stop()
-    server.start()
     nothing_to_do = {"learn.min_new_traces": 10**6, "learn.interval_s": 10**6, "drift.delta": 1e-12}
     daemon = ServedDaemon(tmp_path_factory.mktemp("chaos"), server.url, nothing_to_do)
     try:
         daemon.start()
-        yield Setting(server, daemon, draft)
+        setting = Setting(server, daemon, draft)
+        # Whatever other tests have left in the server goes first.
+        wait_for("day 0", lambda: server.label() == "default" or server.label().startswith("adaptd-v0-"), 120)
+        yield setting
     finally:
         daemon.end()
 
@@ -153,8 +155,8 @@ def test_a_checkpoint_that_is_damaged_on_disk_is_refused_and_the_server_keeps_wh
 
 
 def test_swaps_under_load_by_the_daemon_change_no_text(setting: Setting) -> None:
-    """Concurrency 16 at temperature 0 without a break, until four versions have come in meanwhile."""
-    wanted = setting.publisher()["published"] + 4
+    """Concurrency 16 at temperature 0 without a break, until two versions have come in meanwhile."""
+    wanted = setting.publisher()["published"] + 2
     over = asyncio.Event()
 
     async def load() -> int:
@@ -180,24 +182,62 @@ def test_swaps_under_load_by_the_daemon_change_no_text(setting: Setting) -> None
 
     rounds = asyncio.run(main())
     status = setting.publisher()
-    print(f"4 swaps during {rounds * 2 * len(QUESTIONS)} requests, longest pause {status['max_pause_s']:.3f} s")
+    print(f"2 swaps during {rounds * 2 * len(QUESTIONS)} requests, longest pause {status['max_pause_s']:.3f} s")
     assert not status["halted"]
 
 
-def test_vllm_is_killed_and_comes_back_without_its_version(setting: Setting) -> None:
+def test_vllm_is_killed_under_its_requests_and_comes_back_without_its_version(setting: Setting) -> None:
+    """Whose answer was under way sees an error and may ask again; nobody else sees a thing, and the draft is as before."""
     version = setting.swapped(setting.good)
     before = setting.mal()
     client = openai.OpenAI(base_url=f"{setting.daemon.url}/v1", api_key="none", timeout=60, max_retries=0)
-    setting.server.kill()
+
+    def ask(*, stream: bool, tokens: int = 400) -> Any:
+        return client.chat.completions.create(
+            model="pocket",
+            messages=[{"role": "user", "content": QUESTIONS[0]}],
+            max_tokens=tokens,
+            temperature=0,
+            stream=stream,
+            extra_body={"ignore_eos": True},
+        )
+
+    expected = ask(stream=False, tokens=TOKENS).choices[0].message.content
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(ask, stream=False)
+        stream = ask(stream=True)
+        pieces = [next(iter(stream)) for _ in range(3)]
+        wait_for("both at work", lambda: setting.daemon.status()["in_flight"] == 2, 10)
+        setting.server.kill()
+        with pytest.raises((openai.APIError, httpx.TransportError)):
+            pieces += list(stream)
+        with pytest.raises(openai.InternalServerError) as broken:
+            whole.result(60)
+    assert len(pieces) >= 3
+    assert not any(piece.choices[0].finish_reason for piece in pieces), (
+        "an answer that broke off must not look complete"
+    )
     with pytest.raises(openai.InternalServerError) as refused:
-        client.completions.create(model="pocket", prompt="x", max_tokens=1)
-    assert refused.value.status_code == 502
+        ask(stream=True)
+    for error in (broken.value, refused.value):
+        assert error.status_code == 502
+        assert error.response.headers["retry-after"] == "1"
+        assert "retry" in error.message
+    wait_for("not ready", lambda: httpx.get(f"{setting.daemon.url}/readyz").status_code == 503, 30)
     restored = setting.publisher()["restored"]
     setting.server.start()
+    wait_for("ready", lambda: httpx.get(f"{setting.daemon.url}/readyz").status_code == 200, 60)
+    # Its probe asks at temperatures above 0, which this build mixes up with whatever else is in the batch (docs/sidecar.md).
+    wait_for("the probe", lambda: setting.daemon.status()["upstream"]["models"], 60)
+    assert ask(stream=False, tokens=TOKENS).choices[0].message.content == expected
+    again = [piece.choices[0].delta.content or "" for piece in ask(stream=True, tokens=TOKENS)]
+    assert "".join(again) == expected
     wait_for("the version again", lambda: setting.publisher()["restored"] > restored, 120)
     assert setting.publisher()["version"] == version
     wait_for("the event", lambda: "restored" in setting.events(), 10)
     assert setting.mal() == pytest.approx(before, rel=0.02)
+    status = setting.daemon.status()
+    assert status["in_flight"] == status["proxy"]["faults"] == 0
 
 
 def test_the_daemon_is_killed_in_the_middle_of_a_stream_and_of_a_publication(setting: Setting) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from adaptd.report.status import _watch_row, server_rows
+from adaptd.report.status import _captured, _watch_row, server_rows
 
 WATCH: dict[str, Any] = {
     "on": True,
@@ -51,3 +51,13 @@ def test_each_of_several_servers_has_a_row() -> None:
         "server 3": "http://c; [red]down[/]: ConnectError",
     }
     assert server_rows({"servers": servers[:1], "canary": None}) == {}
+
+
+def test_the_share_of_captured_requests_is_told_with_what_bounds_it() -> None:
+    capture = {"in_force": 0.12, "bound_by": "over the budget", "cost": 0.143, "limit": 1.0, "budget": 0.02}
+    assert _captured(capture) == (
+        "12% of the requests captured (over the budget); it slows requests by 14.3% while it is on, "
+        "2% over time are allowed"
+    )
+    assert "100% of the requests captured; it" in _captured({**capture, "in_force": 1.0, "bound_by": None})
+    assert _captured({**capture, "in_force": None}) == "the requests captured"

@@ -295,6 +295,45 @@ def test_a_restorer_that_fails_lets_the_bytes_through(monkeypatch: pytest.Monkey
         assert proxy.counts.faults == 1
 
 
+class Share:
+    """In the place of `CaptureShare`: what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def begin(self, captured: bool) -> str:
+        self.told.append(captured)
+        return "ticket"
+
+    def end(self, ticket: str, tokens: int) -> None:
+        self.told.append((ticket, tokens))
+
+
+@pytest.mark.parametrize("what", ["answered", "lost", "opted out"])
+def test_the_share_is_told_when_requests_begin_and_end(what: str) -> None:
+    async def handler(request: httpx.Request) -> httpx.Response:
+        if what == "lost":
+            raise httpx.ReadError("gone")
+        content = ANSWER[:-1] + b',"usage":{"completion_tokens":9}}'
+        return httpx.Response(200, headers=JSON, content=content)
+
+    share = Share()
+    proxy, _ = make(handler, share=share)
+    asyncio.run(Client(proxy, **({"x_adaptd_no_store": "1"} if what == "opted out" else {})).run())
+    asyncio.run(Client(proxy, "GET", "/v1/models", b"").run())
+    assert share.told == [what != "opted out", ("ticket", 0 if what == "lost" else 9)]
+    assert not proxy.counts.faults
+
+
+def test_a_share_that_fails_costs_no_request() -> None:
+    share = Share()
+    share.begin = fails  # type: ignore[method-assign]
+    proxy, done = make(answered, share=share)
+    assert asyncio.run(Client(proxy).run()).answer == PLAIN
+    assert done
+    assert proxy.counts.faults == 1
+
+
 @pytest.mark.parametrize("path", ["/pause", "//pause", "/x/../collective_rpc", "/%73leep", "/update_weights?x=1"])
 def test_development_routes_are_refused_unless_allowed(path: str) -> None:
     proxy, _ = make(answered)

@@ -1,94 +1,28 @@
-"""A real vLLM server with the pocket pair, and the proxy in front of it, both on loopback."""
+"""The proxy in front of a real vLLM server with the pocket pair, both on loopback."""
 
 import asyncio
-import json
-import os
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import uvicorn
 
-from adaptd.models import load as models
 from adaptd.sections import UpstreamConfig
 from adaptd.sidecar.headers import Labels
 from adaptd.sidecar.proxy import Done, Proxy
 from adaptd.sidecar.request import Plan, plan
 from adaptd.sidecar.upstream import Upstream, make_client
+from tests.integration.vllm.server import VllmServer
 
-START_S = 480
 PROBE_S = 300
-K = 4
-HERE = Path(__file__).parents[4]
 
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
-
-
-class VllmServer:
-    """`vllm serve` with the pocket pair; the same small settings as the rest of the tests."""
-
-    def __init__(self, log: Path, *extra: str) -> None:
-        root = Path(os.environ.get("ADAPTD_VLLM", HERE / ".vllm"))
-        program = root / "bin" / "vllm"
-        if not program.is_file():
-            pytest.skip(
-                f"no vLLM in {root}: run `make .vllm/.installed`, or set ADAPTD_VLLM to its virtual environment"
-            )
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        target, draft = (str(models.resolve("pocket", role)) for role in ("target", "draft"))
-        speculative = {"method": "draft_model", "model": draft, "num_speculative_tokens": K}
-        self.command = [
-            str(program),
-            *("serve", target, "--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "pocket"),
-            *("--max-model-len", "512", "--enforce-eager", "--dtype", "float32"),
-            *("--speculative-config", json.dumps(speculative), "--per-request-spec-decode-metrics", "detailed"),
-            *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
-            *extra,
-        ]
-        self.env = {
-            **os.environ,
-            "PATH": f"{root / 'bin'}:{os.environ['PATH']}",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        self.log = log
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with self.log.open("ab") as out:
-            self.process = subprocess.Popen(self.command, env=self.env, stdout=out, stderr=out)
-        deadline = time.monotonic() + START_S
-        while True:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.5)
-
-    def stop(self) -> None:
-        if self.process is None:
-            return
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process = None
 
 
 class ServedApp:
@@ -150,13 +84,10 @@ class RecordingProxy:
 
 
 @pytest.fixture(scope="session")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    server = VllmServer(tmp_path_factory.mktemp("vllm") / "serve.log")
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
+def vllm(server: VllmServer) -> VllmServer:
+    """The server with the draft that it was started with."""
+    server.to_day_zero()
+    return server
 
 
 @pytest.fixture(scope="session")
