@@ -39,7 +39,6 @@ def run(
     parameters: int | None,
     threads: int | None,
     vllm: Path | None,
-    quick: bool,
 ) -> dict[str, Any]:
     """Run and print; the result in the form of design section 4 (`bench decode`).
 
@@ -66,7 +65,7 @@ def run(
             for k in depths:
                 setting = config.model_copy(update={"engine": config.engine.model_copy(update={"k": k})})
                 pair = load_pair(setting, 0)
-                prompts = _prompts(pair, batch, setting.engine.max_length - tokens - k, quick)
+                prompts = _prompts(pair, batch, rounds, setting.engine.max_length - tokens - k)
                 with _contestants(setting, pair, plain_target, plain_draft, program, batch, dtype) as found:
                     cell = decode.play(
                         found, prompts, k=k, rounds=rounds, tokens=tokens, progress=lambda: progress.advance(task)
@@ -155,18 +154,17 @@ def _contestants(
             contestant.close()
 
 
-def _prompts(pair: Pair, batch: int, longest: int, quick: bool) -> list[Prompts]:
-    """Batches of the four domains in turn: one batch, at batch 1 one a domain (quick: two)."""
+def _prompts(pair: Pair, batch: int, rounds: int, longest: int) -> list[Prompts]:
+    """A batch for each round, of prompts from the four domains in turn; from the first again where they run out."""
     by_domain = []
     for domain in _DOMAINS:
         texts = pocket_prompts(domain)
         rendered = (render_chat(pair.tokenizer, [{"role": "user", "content": text}]) for text in texts)
         by_domain.append([ids for ids in rendered if len(ids) <= longest])
     mixed = [ids for group in zip(*by_domain, strict=False) for ids in group]
-    number = (2 if quick else len(_DOMAINS)) if batch < len(_DOMAINS) else 1
-    if len(mixed) < number * batch:
-        raise AdaptdError(f"{len(mixed)} prompts leave room for the answer: raise engine.max_length, or lower --tokens")
-    return [mixed[at * batch : (at + 1) * batch] for at in range(number)]
+    if not mixed:
+        raise AdaptdError("no prompts leave room for the answer: raise engine.max_length, or lower --tokens")
+    return [[mixed[at % len(mixed)] for at in range(r * batch, (r + 1) * batch)] for r in range(rounds)]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -45,31 +45,27 @@ def play(
     tokens: int,
     progress: Callable[[], None] = lambda: None,
 ) -> Cell:
-    """Let every decoder continue every batch once a round, in an order that turns; one round before them warms up.
+    """Let every decoder continue one batch a round, the same for all, in an order that turns; one round before warms up.
 
     Args:
-      batches: prompts decoded together, all of one number.
+      batches: prompts decoded together, all of one number; each round takes the next.
       progress: told after each decoder's turn.
-    Returns: one sample a round and decoder, over all batches.
+    Returns: one sample a round and decoder.
     """
     cell = Cell(len(batches[0]), k)
     names = list(contestants)
     for number in range(-1, rounds):
         turn = number % len(names)
+        prompts = batches[number % len(batches)]
         for name in names[turn:] + names[:turn]:
-            found = [contestants[name].run(prompts, tokens) for prompts in (batches if number >= 0 else batches[:1])]
+            sample = contestants[name].run(prompts, tokens)
             if number >= 0:
-                cell.samples.setdefault(name, []).append(_joined(found))
+                cell.samples.setdefault(name, []).append(sample)
             progress()
         ours = contestants.get(OURS)
-        if isinstance(ours, Native) and number >= 0 and (times := ours.costs(batches[number % len(batches)], tokens)):
+        if isinstance(ours, Native) and number >= 0 and (times := ours.costs(prompts, tokens)):
             cell.times.append(times)
     return cell
-
-
-def _joined(samples: Sequence[Sample]) -> Sample:
-    answers = [answer for sample in samples for answer in sample.answers]
-    return Sample(sum(s.seconds for s in samples), answers, sum(s.rounds for s in samples))
 
 
 def summarise(cell: Cell, floors: Mapping[str, float]) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
@@ -79,9 +75,9 @@ def summarise(cell: Cell, floors: Mapping[str, float]) -> tuple[list[dict[str, A
       floors: seconds that a round of each decoder takes at least; none where the machine is not the bound.
     """
     rows = []
-    truth = cell.samples[PLAIN][0].answers if PLAIN in cell.samples else None
+    truth = _answers(cell.samples[PLAIN]) if PLAIN in cell.samples else None
     for name, samples in cell.samples.items():
-        mal = samples[0].tokens / samples[0].rounds if samples[0].rounds else None
+        mal = _mal(samples)
         rate = statistics.median(s.tokens / s.seconds for s in samples)
         row: dict[str, Any] = {
             "engine": name,
@@ -91,7 +87,7 @@ def summarise(cell: Cell, floors: Mapping[str, float]) -> tuple[list[dict[str, A
             "rates": [s.tokens / s.seconds for s in samples],
             "mal": mal,
             "floor_ratio": None,
-            "same_as_plain": None if truth is None else _same(truth, samples[0].answers),
+            "same_as_plain": None if truth is None else _same(truth, _answers(samples)),
         }
         if mal is not None and name in floors:
             # A round emits MAL tokens for each row of the batch.
@@ -104,14 +100,23 @@ def summarise(cell: Cell, floors: Mapping[str, float]) -> tuple[list[dict[str, A
 
 def predicted(cell: Cell) -> float | None:
     """MAL / (1 + k c_d + c_v) with the costs that were timed between the rounds (design section 5)."""
-    ours = cell.samples[OURS][0]
-    if not cell.times:
+    mal = _mal(cell.samples[OURS])
+    if not cell.times or mal is None:
         return None
     costs = Costs(
         draft=statistics.median(t.draft_s / t.target_s for t in cell.times),
         verify=max(0.0, statistics.median(t.verify_s / t.target_s for t in cell.times) - 1.0),
     )
-    return expected_speedup(min(max(1.0, ours.tokens / ours.rounds), cell.k + 1.0), cell.k, costs)
+    return expected_speedup(min(max(1.0, mal), cell.k + 1.0), cell.k, costs)
+
+
+def _mal(samples: Sequence[Sample]) -> float | None:
+    rounds = sum(s.rounds for s in samples)
+    return sum(s.tokens for s in samples) / rounds if rounds else None
+
+
+def _answers(samples: Sequence[Sample]) -> list[list[int]]:
+    return [answer for sample in samples for answer in sample.answers]
 
 
 def _same(truth: list[list[int]], answers: list[list[int]]) -> float:

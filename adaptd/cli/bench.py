@@ -82,7 +82,7 @@ def decode(
     k: Annotated[
         list[int] | None, typer.Option("-k", min=1, max=16, help="Proposals a round; may be repeated.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of every decoder.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of every decoder, one batch each.")] = 8,
     tokens: Annotated[int, typer.Option(min=8, help="Tokens of every answer.")] = 64,
     parameters: Annotated[
         float, typer.Option(min=0, help="Size that the target is inflated to, same distribution; 0: as it is.")
@@ -96,7 +96,7 @@ def decode(
             help="Environment that has vLLM, or its executable.", show_default="`.vllm` here", envvar="ADAPTD_VLLM"
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Batch 1, one k, two prompts, two rounds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Batch 1, one k, two rounds, short answers.")] = False,
     result: JsonFile = None,
     config: ConfigFile = None,
     sets: Sets = None,
@@ -114,7 +114,6 @@ def decode(
         parameters=round(parameters) or None,
         threads=threads,
         vllm=vllm,
-        quick=quick,
     )
     if result is not None:
         write_result(result, found, settings)
