@@ -10,7 +10,7 @@ import typer
 
 from adaptd.cli.common import ConfigFile, JsonFile, Sets, load_config, write_result
 
-app = typer.Typer(help="Measure learners side by side.", no_args_is_help=True)
+app = typer.Typer(help="Measure learners and decoders side by side.", no_args_is_help=True)
 
 #: `--quick`: phases of this share of their length, one seed.
 _QUICK = 0.12
@@ -29,7 +29,7 @@ _LEARNERS = [
 
 @app.callback()
 def bench() -> None:
-    """Measure learners side by side."""
+    """Measure learners and decoders side by side."""
 
 
 @app.command()
@@ -71,6 +71,49 @@ def shift(
         jobs=jobs,
         report=report,
         runs=runs,
+    )
+    if result is not None:
+        write_result(result, found, settings)
+
+
+@app.command()
+def decode(
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Requests decoded together; may be repeated.")] = None,
+    k: Annotated[
+        list[int] | None, typer.Option("-k", min=1, max=16, help="Proposals a round; may be repeated.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of every decoder, one batch each.")] = 8,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of every answer.")] = 64,
+    parameters: Annotated[
+        float, typer.Option(min=0, help="Size that the target is inflated to, same distribution; 0: as it is.")
+    ] = 0.2e9,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of every decoder.", show_default="processors")
+    ] = None,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(
+            help="Environment that has vLLM, or its executable.", show_default="`.vllm` here", envvar="ADAPTD_VLLM"
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Batch 1, one k, two rounds, short answers.")] = False,
+    result: JsonFile = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+) -> None:
+    """Tokens a second of adaptd, transformers and vLLM on one pair, in turns, beside the machine's limits."""
+    settings = load_config(config, sets)
+    from adaptd.app.decode import run
+
+    found: dict[str, Any] = run(
+        settings,
+        batches=batch or ([1] if quick else [1, 4, 16]),
+        depths=k or ([settings.engine.k] if quick else [2, 4, 6, 8]),
+        rounds=2 if quick else rounds,
+        tokens=min(tokens, 32) if quick else tokens,
+        parameters=round(parameters) or None,
+        threads=threads,
+        vllm=vllm,
     )
     if result is not None:
         write_result(result, found, settings)

@@ -12,6 +12,7 @@ from adaptd.config import Config
 from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.loop import DecodeLoop
+from adaptd.models.packed import pack_linears
 from policies.recall import Recall
 
 
@@ -39,7 +40,8 @@ def build_engine(
     capture: bool,
     target_id: str = "",
 ) -> SpeculativeDecoder:
-    """The engine of one decoder."""
+    """The engine of one decoder. The target's linear layers are packed for the CPU in place (`pack_linears`)."""
+    pack_linears(target, rows=config.engine.k + 1)
 
     def detokenize(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))

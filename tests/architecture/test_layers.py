@@ -51,8 +51,8 @@ HOMES = {
         "adaptd.sidecar.vllm_update",
         "adaptd.sidecar.vllm_backend",
     },
-    # Runs inside the server only; the daemon never imports it.
-    "vllm": {"adaptd.sidecar.vllm_plugin", "adaptd.sidecar.vllm_backend"},
+    # Run in vLLM's own process only; nothing imports it elsewhere.
+    "vllm": {"adaptd.sidecar.vllm_plugin", "adaptd.sidecar.vllm_backend", "adaptd.bench.vllm_worker"},
     "huggingface_hub": {"adaptd.sidecar.vllm_backend"},
     "safetensors": {"buffers.codec", "checkpoints", "adaptd.learning", "adaptd.pocket", "adaptd.sidecar.vllm_update"},
     "transformers": {

@@ -1,0 +1,136 @@
+"""Linear layers of a frozen model in the layout that the CPU's matrix kernels read.
+
+A round multiplies a handful of rows with every weight of the target, so it costs what reading the weights costs, if the
+kernel reads them well. `torch.nn.functional.linear` takes the weight as it is stored: in float32 a library routine that
+slows down by half or more between one row and five, in bfloat16 a kernel that brings the weight into its own layout at
+each call. oneDNN's layout, made once, is read two to three times as fast, and five rows cost what one costs. Siblings
+that read the same input (queries, keys and values; the two projections of a gated feed-forward) become one product.
+
+Only for weights that never change: a draft is swapped in place, and a copy in another layout would not follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Layers with fewer weights gain less than the call costs.
+_LEAST = 1 << 16
+#: Children that architectures feed with one tensor, in the order in which they are called.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Packed:
+    """One weight, or several with the same input stacked, in oneDNN's layout.
+
+    Args:
+      layers: frozen, on the CPU; all with a bias or none.
+      rows: input rows the layout is chosen for; others are computed as exactly.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
+        stacked = torch.cat([layer.weight.detach() for layer in layers])
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(stacked, rows)
+        self._kernel: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def product(self, x: Tensor, *, first: bool, last: bool) -> Tensor:
+        """[..., in] to [..., out of all layers]; between the `first` layer and the `last` the same tensor is computed once."""
+        if not first and self._last is not None and self._last[0] is x:
+            found = self._last[1]
+        else:
+            found = self._kernel(x, self._weight, self._bias, "none", [], "")
+        # Kept from the first layer on only: a tensor that was written to since then would be the same tensor.
+        self._last = (x, found) if first and not last else None if last else self._last
+        return found
+
+    def dense(self) -> Tensor:
+        """[out of all layers, in], unpacked at each call."""
+        return self._weight.to_dense()
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is part of a `Packed`.
+
+    Args:
+      layer: replaced; not kept.
+      packed: has its weight in rows `start` to `start + out_features`.
+      last: no other layer of the same `packed` is called after this one with the same input.
+    """
+
+    def __init__(self, layer: nn.Linear, packed: Packed, start: int, *, last: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+        # Neither a parameter nor a buffer: a tensor without strides can be neither cast nor saved.
+        self._packed, self._rows = packed, slice(start, start + layer.out_features)
+        self._at = {"first": start == 0, "last": last}
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], unpacked at each call."""
+        return self._packed.dense()[self._rows]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # A model is known by its weights (`weights_id`), in whatever layout they are.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        return self._packed.product(x, **self._at)[..., self._rows]
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build and processor have the kernels for that precision."""
+    ops: Any = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
+        return False
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and bool(ops._is_mkldnn_bf16_supported()))
+
+
+def pack_linears(model: nn.Module, *, rows: int) -> int:
+    """Replaces the large linear layers of a frozen model, in place; their weights are freed where nothing else has them.
+
+    Nothing happens on another device than the CPU, or where `can_pack` says no. The model is then for inference by one
+    thread at a time.
+
+    Args:
+      rows: of the input that is to be fast, for example k + 1 at batch 1.
+    Returns: layers replaced.
+    """
+    found = 0
+    for parent in list(model.modules()):
+        children = {name: layer for name, layer in parent.named_children() if type(layer) is nn.Linear and _fits(layer)}
+        for names in _groups(children):
+            layers = [children[name] for name in names]
+            if sum(layer.weight.numel() for layer in layers) < _LEAST:
+                continue
+            packed, start = Packed(layers, rows), 0
+            for name, layer in zip(names, layers, strict=True):
+                setattr(parent, name, PackedLinear(layer, packed, start, last=name == names[-1]))
+                start += layer.out_features
+                found += 1
+    return found
+
+
+def _fits(layer: nn.Linear) -> bool:
+    weight = layer.weight
+    return not weight.requires_grad and weight.device.type == "cpu" and can_pack(weight.dtype)
+
+
+def _groups(children: dict[str, nn.Linear]) -> list[tuple[str, ...]]:
+    """The children by name, siblings together where they can be stacked."""
+    groups = []
+    for names in _SIBLINGS:
+        layers = [children.get(name) for name in names]
+        kinds = {None if c is None else (c.in_features, c.weight.dtype, c.bias is None) for c in layers}
+        if len(kinds) == 1 and None not in kinds:
+            groups.append(names)
+    together = {name for names in groups for name in names}
+    return groups + [(name,) for name in children if name not in together]
