@@ -9,11 +9,17 @@ function publisherState(p) {
   return known(p.swapped_at) ? `${named(p.version)}, brought in ${clock(p.swapped_at)}` : `${named(p.version)}, nothing brought in yet`;
 }
 
+function captured(c) {
+  if (!known(c.in_force)) return "the requests captured";
+  const why = c.bound_by ? ` (${c.bound_by})` : "";
+  return `${percent(c.in_force, 0)} of the requests captured${why}; it slows requests by ${percent(c.cost)} while it is on`;
+}
+
 function renderServers(s) {
   const up = s.upstream, p = s.publisher, proxy = s.proxy;
   for (const [id, there] of [["servers-card", up], ["publisher-card", p], ["proxy-card", proxy]]) byId(id).hidden = !there;
   if (up) {
-    const able = up.reason || `top ${up.top_logprobs} of ${percent(up.capture_share, 0)} of the requests captured`;
+    const able = up.reason || `top ${up.top_logprobs} of ${captured(up.capture ?? {})}`;
     byId("servers-note").textContent = `${able}${up.per_step ? "" : "; no acceptance: start it with --per-request-spec-decode-metrics detailed"}`;
     fill("servers", (up.servers ?? []).map((one) => {
       const state = !one.up ? [`down: ${one.error || "no answer"}, since ${clock(one.since)}`, "bad"]
