@@ -1,5 +1,6 @@
 """The output is the target's, whatever the draft does: on the trained pair, against transformers."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.request import DecodeRequest, Finished, SamplingParams
+from adaptd.models.packed import can_pack, pack_linears
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
 from policies.recall import Recall
 
@@ -53,12 +55,24 @@ def expected(pocket_target: Any, pocket_tokenizer: Any, chosen: list[list[int]])
     return reference(pocket_target, chosen, pocket_tokenizer.eos_token_id)
 
 
-@pytest.mark.parametrize(("batch", "recalls"), [(1, False), (8, False), (8, True)])
+@pytest.mark.parametrize(
+    ("batch", "recalls", "packed"), [(1, False, True), (8, False, False), (8, True, True)], ids=str
+)
 def test_greedy_output_equals_transformers_on_two_hundred_prompts(
-    pocket_target: Any, pocket_draft: Any, pocket_tokenizer: Any, chosen: Any, expected: Any, batch: int, recalls: bool
+    pocket_target: Any,
+    pocket_draft: Any,
+    pocket_tokenizer: Any,
+    chosen: Any,
+    expected: Any,
+    batch: int,
+    recalls: bool,
+    packed: bool,
 ) -> None:
+    target = copy.deepcopy(pocket_target) if packed else pocket_target
+    # As decoders are built (`build_engine`).
+    assert not packed or not can_pack(torch.float32) or pack_linears(target, rows=K + 1) > 0
     engine = SpeculativeDecoder(
-        pocket_target,
+        target,
         pocket_draft,
         k=K,
         max_batch=batch,
