@@ -35,6 +35,7 @@ class ServedDaemon:
             "upstream.url": upstream,
             "server.port": 0,
             "log.style": "json",
+            "upstream.capture_budget": 1.0,  # server, learner and clients share the cores: a budget would starve the learner
             "upstream.poll_s": 0.5,
             **(settings or {}),
         }
