@@ -241,7 +241,7 @@ def sidecar(home: Path, now: float) -> SidecarDaemon:
             publication.publisher.counts["failed"] = {"refused": 1} if i else {}
     daemon.proxy.counts.requests = 96_900
     daemon.proxy.counts.uncaptured.update({"opted out": 120, "sampled with penalties": 33})
-    daemon.share.why_not()
+    daemon.share._recent.extend(["", "", "not in the share", ""])
     daemon.rollout._canary.wanted(URLS[:2], 7, 6)
     return daemon
 

@@ -77,6 +77,7 @@ def test_several_servers_are_shown_with_their_roles_and_publishers(open_page: Op
     assert [row[4] for row in rows] == ["7", "6", "0"]
     assert rows[0][6].startswith("version 7, brought in")
     assert "published7; restored 0" in words(page, "#publisher")
+    assert "top 20 of 75 % of the requests captured (not in the share)" in words(page, "#servers-note")
     assert "opted out 120" in words(page, "#proxy")
     assert "does not pay" in page.text("#notices")
     assert "No: tokens would come 1.13 times as fast without it." in page.text("#verdict")

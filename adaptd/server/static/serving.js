@@ -9,10 +9,11 @@ function publisherState(p) {
   return known(p.swapped_at) ? `${named(p.version)}, brought in ${clock(p.swapped_at)}` : `${named(p.version)}, nothing brought in yet`;
 }
 
-function captured(c) {
-  if (!known(c.in_force)) return "the requests captured";
-  const why = c.bound_by ? ` (${c.bound_by})` : "";
-  return `${percent(c.in_force, 0)} of the requests captured${why}; it slows requests by ${percent(c.cost)} while it is on`;
+// The share in force, and why it is not more.
+function captured({ in_force: share, bound_by: why, cost, budget }) {
+  if (!known(share)) return "the requests captured";
+  return `${percent(share, 0)} of the requests captured${why ? ` (${why})` : ""}; it slows requests by ${percent(cost)} while it is on, ` +
+    `${percent(budget, 0)} over time are allowed`;
 }
 
 function renderServers(s) {

@@ -80,11 +80,12 @@ CASES: dict[str, tuple[dict[str, str], int, set[str]]] = {
         {
             "adaptd_speculation_pays{WHERE}": "0x12",
             "adaptd_buffer_available{WHERE}": "0x12",
+            "adaptd_series_available{WHERE}": "0x12",
             "adaptd_rollbacks_total{WHERE}": "0x6 1x6",
             "adaptd_versions_quarantined{WHERE}": "0x6 1x6",
         },
         40,
-        {"AdaptdSpeculationDoesNotPay", "AdaptdBufferUnavailable", "AdaptdRolledBack"},
+        {"AdaptdSpeculationDoesNotPay", "AdaptdBufferUnavailable", "AdaptdSeriesUnavailable", "AdaptdRolledBack"},
     ),
     "drift": ({'adaptd_drift_events_total{WHERE,domain="all"}': "0x6 1x6"}, 40, {"AdaptdDrift domain=all"}),
     "one server of two is down and the other halted": (
@@ -109,6 +110,8 @@ CASES: dict[str, tuple[dict[str, str], int, set[str]]] = {
             "adaptd_uptime_seconds{WHERE}": "0+300x60",
             "adaptd_decoders_up{WHERE}": "1x60",
             "adaptd_buffer_available{WHERE}": "1x60",
+            "adaptd_series_available{WHERE}": "1x60",
+            "adaptd_series_lost_requests_total{WHERE}": "3x60",
             "adaptd_speculation_pays{WHERE}": "1x60",
             "adaptd_learner_ticks_total{WHERE}": "0+5x60",
             "adaptd_learner_promoted_total{WHERE}": "0+0.1x60",
