@@ -33,6 +33,8 @@ _log = logger(__name__)
 #: What vLLM refuses a request with before it generates.
 _REFUSALS = (400, 422)
 _RETRY_S = b"1"
+#: How long the end of a body may take behind the last event of a stream, once the client has left.
+_END_S = 1.0
 _ANY_BASE = httpx.URL("http://any")
 
 
@@ -116,15 +118,18 @@ class Proxy:
             if body is None:
                 self.counts.aborted += 1
                 return
-            await self._until_gone(self._exchange(scope, body, send), receive)
+            sender = _Sender(send)
+            await self._until_gone(self._exchange(scope, body, sender), sender, receive)
         finally:
             self.counts.in_flight -= 1
 
-    async def _until_gone(self, work: Any, receive: Receive) -> None:
-        """Do `work` unless the client leaves first."""
+    async def _until_gone(self, work: Any, send: _Sender, receive: Receive) -> None:
+        """Do `work` unless the client leaves first, with its answer incomplete."""
         working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+            if send.answered:
+                await asyncio.wait((working,), timeout=_END_S)
             if not working.done():
                 self.counts.aborted += 1
                 working.cancel()
@@ -136,7 +141,7 @@ class Proxy:
         finally:
             watching.cancel()
 
-    async def _exchange(self, scope: Scope, body: bytes, send: Send) -> None:
+    async def _exchange(self, scope: Scope, body: bytes, send: _Sender) -> None:
         if self.closing:
             await _refuse(send, 503, "adaptd is shutting down; retry", "server_error")
             return
@@ -162,7 +167,7 @@ class Proxy:
             self._ended(ticket, seen)
 
     async def _answered(
-        self, scope: Scope, body: bytes, labels: Labels, plan: Plan | None, started: float, send: Send
+        self, scope: Scope, body: bytes, labels: Labels, plan: Plan | None, started: float, send: _Sender
     ) -> Seen | None:
         """One request answered by whichever server; what it said, or None if it was not read or not complete."""
         tried: list[Alone | Server] = []
@@ -192,7 +197,7 @@ class Proxy:
         return None
 
     async def _ask(
-        self, server: Alone | Server, scope: Scope, body: bytes, plan: Plan | None, send: Send
+        self, server: Alone | Server, scope: Scope, body: bytes, plan: Plan | None, send: _Sender
     ) -> tuple[Plan | None, httpx.Response, Seen | None]:
         """One exchange with one server.
 
@@ -251,7 +256,7 @@ class Proxy:
         self.counts.faults += 1
         _log.error(events.PROXY_FAULTED, where=where, error=type(error).__name__)
 
-    async def _relay(self, answer: httpx.Response, plan: Plan | None, send: Send, *, held: bool) -> Seen | None:
+    async def _relay(self, answer: httpx.Response, plan: Plan | None, send: _Sender, *, held: bool) -> Seen | None:
         """Send the answer on; what it said, or None if it was not read or not complete.
 
         `held`: the head waits for the first byte, so that another server may still be asked.
@@ -286,6 +291,7 @@ class Proxy:
                     if not begun:
                         await send(head)
                         begun = True
+                    send.answered = restorer is not None and restorer.done
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             if restorer is not None and restorer.done:
                 seen = restorer.seen
@@ -322,6 +328,18 @@ class Proxy:
                 yield piece
         if restorer is not None and (left := restorer.close()):
             yield left
+
+
+class _Sender:
+    """Where an answer goes, and whether the client has all of it."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.answered = False
+        """The last event of a stream was sent, or is about to be. Many clients leave then, in front of the end of the body."""
+
+    async def __call__(self, message: Message) -> None:
+        await self._send(message)
 
 
 class _NoAnswer(Exception):

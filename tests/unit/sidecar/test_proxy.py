@@ -235,6 +235,38 @@ def test_a_client_that_leaves_closes_the_connection_to_the_server(started: bool)
     asyncio.run(scenario())
 
 
+def test_a_client_that_leaves_at_the_last_event_has_its_answer() -> None:
+    """The official client closes at `[DONE]`, before the body has ended."""
+
+    async def scenario() -> None:
+        gate = asyncio.Event()
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield b'data: {"id":"c-1","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":"stop","token_ids":[5]}]}\n\n'
+            yield b"data: [DONE]\n\n"
+            await gate.wait()
+
+        stream = Stream(pieces())
+
+        async def handler(_: httpx.Request) -> httpx.Response:
+            return httpx.Response(200, headers=[("content-type", "text/event-stream")], stream=stream)
+
+        proxy, done = make(handler)
+        client = Client(proxy, body=BODY[:-1] + b',"stream":true}')
+        running = asyncio.create_task(client.run())
+        while b"[DONE]" not in client.answer:
+            await asyncio.sleep(0.01)
+        client.leave.set()
+        await asyncio.sleep(0.05)
+        gate.set()
+        await asyncio.wait_for(running, 2)
+        assert proxy.counts.aborted == 0
+        assert [d.seen.choices[0].token_ids for d in done] == [[5]]
+        assert stream.closed
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(httpx.ConnectError, 502), (httpx.RemoteProtocolError, 502), (httpx.ReadTimeout, 504)]
 )
