@@ -9,7 +9,6 @@ server's answer to what the client sent.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
@@ -24,6 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 from adaptd import events
 from adaptd.log import logger
 from adaptd.sidecar.answer import Seen, StreamRestorer, restore
+from adaptd.sidecar.asgi import Sender, gone, read_body, refuse
 from adaptd.sidecar.fleet import Alone, Fleet, Server
 from adaptd.sidecar.headers import Labels, RawHeaders, is_development_route, to_client, to_server
 from adaptd.sidecar.request import PATHS, Plan
@@ -32,7 +32,6 @@ from adaptd.sidecar.share import CaptureShare, Ticket
 _log = logger(__name__)
 #: What vLLM refuses a request with before it generates.
 _REFUSALS = (400, 422)
-_RETRY_S = b"1"
 #: How long the end of a body may take behind the last event of a stream, once the client has left.
 _END_S = 1.0
 _ANY_BASE = httpx.URL("http://any")
@@ -114,18 +113,18 @@ class Proxy:
         self.counts.requests += 1
         self.counts.in_flight += 1
         try:
-            body = await _body(receive)
+            body = await read_body(receive)
             if body is None:
                 self.counts.aborted += 1
                 return
-            sender = _Sender(send)
+            sender = Sender(send)
             await self._until_gone(self._exchange(scope, body, sender), sender, receive)
         finally:
             self.counts.in_flight -= 1
 
-    async def _until_gone(self, work: Any, send: _Sender, receive: Receive) -> None:
+    async def _until_gone(self, work: Any, send: Sender, receive: Receive) -> None:
         """Do `work` unless the client leaves first, with its answer incomplete."""
-        working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+        working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
         try:
             await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
             if send.answered:
@@ -141,15 +140,15 @@ class Proxy:
         finally:
             watching.cancel()
 
-    async def _exchange(self, scope: Scope, body: bytes, send: _Sender) -> None:
+    async def _exchange(self, scope: Scope, body: bytes, send: Sender) -> None:
         if self.closing:
-            await _refuse(send, 503, "adaptd is shutting down; retry", "server_error")
+            await refuse(send, 503, "adaptd is shutting down; retry", "server_error")
             return
         started = time.monotonic()
         # As a server would see it: dots resolved, whatever is encoded decoded.
         relative = unquote(_url(_ANY_BASE, scope).path)
         if is_development_route(relative) and not self._development_routes:
-            await _refuse(
+            await refuse(
                 send,
                 403,
                 f"{relative[:60]} is not passed on, because the server's API key does not guard it; call the server "
@@ -167,7 +166,7 @@ class Proxy:
             self._ended(ticket, seen)
 
     async def _answered(
-        self, scope: Scope, body: bytes, labels: Labels, plan: Plan | None, started: float, send: _Sender
+        self, scope: Scope, body: bytes, labels: Labels, plan: Plan | None, started: float, send: Sender
     ) -> Seen | None:
         """One request answered by whichever server; what it said, or None if it was not read or not complete."""
         tried: list[Alone | Server] = []
@@ -193,11 +192,11 @@ class Proxy:
         self.counts.unreachable += 1
         timed_out = isinstance(error, httpx.ReadTimeout)
         message = "gave no answer in time" if timed_out else "is not reachable or broke the connection"
-        await _refuse(send, 504 if timed_out else 502, f"the server behind adaptd {message}; retry", "server_error")
+        await refuse(send, 504 if timed_out else 502, f"the server behind adaptd {message}; retry", "server_error")
         return None
 
     async def _ask(
-        self, server: Alone | Server, scope: Scope, body: bytes, plan: Plan | None, send: _Sender
+        self, server: Alone | Server, scope: Scope, body: bytes, plan: Plan | None, send: Sender
     ) -> tuple[Plan | None, httpx.Response, Seen | None]:
         """One exchange with one server.
 
@@ -256,7 +255,7 @@ class Proxy:
         self.counts.faults += 1
         _log.error(events.PROXY_FAULTED, where=where, error=type(error).__name__)
 
-    async def _relay(self, answer: httpx.Response, plan: Plan | None, send: _Sender, *, held: bool) -> Seen | None:
+    async def _relay(self, answer: httpx.Response, plan: Plan | None, send: Sender, *, held: bool) -> Seen | None:
         """Send the answer on; what it said, or None if it was not read or not complete.
 
         `held`: the head waits for the first byte, so that another server may still be asked.
@@ -302,7 +301,7 @@ class Proxy:
             self.counts.broken += 1
             _log.warning(events.UPSTREAM_BROKE_OFF, error=type(error).__name__)
             if whole:
-                await _refuse(send, 502, "the server behind adaptd broke off its answer; retry", "server_error")
+                await refuse(send, 502, "the server behind adaptd broke off its answer; retry", "server_error")
             return None
         if not begun:
             await send(head)
@@ -328,18 +327,6 @@ class Proxy:
                 yield piece
         if restorer is not None and (left := restorer.close()):
             yield left
-
-
-class _Sender:
-    """Where an answer goes, and whether the client has all of it."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.answered = False
-        """The last event of a stream was sent, or is about to be. Many clients leave then, in front of the end of the body."""
-
-    async def __call__(self, message: Message) -> None:
-        await self._send(message)
 
 
 class _NoAnswer(Exception):
@@ -378,29 +365,3 @@ def _url(base: httpx.URL, scope: Scope) -> httpx.URL:
     """The same path and query at the server, percent-encoding kept."""
     raw = base.raw_path.rstrip(b"/") + scope.get("raw_path", scope["path"].encode()).partition(b"?")[0]
     return base.copy_with(raw_path=raw + (b"?" + scope["query_string"] if scope["query_string"] else b""))
-
-
-async def _body(receive: Receive) -> bytes | None:
-    """The whole request body; None if the client left before its end."""
-    parts: list[bytes] = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _refuse(send: Send, status: int, message: str, type_: str) -> None:
-    body = json.dumps({"error": {"message": message, "type": type_, "param": None, "code": "upstream"}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status >= 500:
-        headers.append((b"retry-after", _RETRY_S))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
