@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +15,15 @@ from checkpoints.manifest import Manifest
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
+#: Columns of output that goes to no terminal, unless COLUMNS says how many: in rich's 80 tables lose their text.
+_COLUMNS = 160
+
+
 def show(*items: RenderableType) -> None:
     """Print to standard output."""
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=_COLUMNS)
     for item in items:
         console.print(item)
 

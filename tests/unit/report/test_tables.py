@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from adaptd.report.tables import gain, on_base
+from adaptd.report.tables import gain, on_base, show
 from policies.gate import Score, judge
 
 
@@ -28,3 +28,11 @@ def test_no_verdict_is_a_dash() -> None:
 def test_domains_on_the_base_draft_are_listed_and_a_missing_label_has_a_name() -> None:
     assert on_base({"on_base": ["", "medical"]}) == "unlabelled, medical"
     assert on_base({}) == on_base(None) == ""
+
+
+def test_a_pipe_is_wide_enough_for_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    show("x" * 150)
+    monkeypatch.setenv("COLUMNS", "60")
+    show("y" * 60, "z" * 61)
+    assert capsys.readouterr().out.splitlines() == ["x" * 150, "y" * 60, "z" * 60, "z"]
