@@ -13,7 +13,7 @@ from adaptd.cli.common import ConfigFile, JsonFile, Sets, load_config, write_res
 app = typer.Typer(help="Measure learners and decoders side by side.", no_args_is_help=True)
 
 #: `--quick`: phases of this share of their length, one seed.
-_QUICK = 0.12
+_QUICK = 0.09
 _LEARNERS = [
     "frozen",
     "osd",
