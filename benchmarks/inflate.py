@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from adaptd.models.inflate import inflate, shape_for
-from adaptd.models.load import load_causal_lm, load_tokenizer, resolve
+from transformers import AutoConfig
+
+from adaptd.models.inflate import save_inflated
+from adaptd.models.load import resolve
 
 
 def main() -> None:
@@ -25,12 +27,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the added weights")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
-    folder = resolve(args.target, "target")
-    model = load_causal_lm(folder, dtype=args.dtype, device="cpu")
-    shape = shape_for(model.config, round(args.parameters))
-    inflate(model, shape, seed=args.seed).save_pretrained(args.out)
-    load_tokenizer(folder).save_pretrained(args.out)
-    print(f"{args.out}: {shape.parameters(model.config) / 1e9:.3f} billion parameters, {shape}")
+    shape = save_inflated(
+        resolve(args.target, "target"), args.out, round(args.parameters), dtype=args.dtype, seed=args.seed
+    )
+    made = shape.parameters(AutoConfig.from_pretrained(args.out))
+    print(f"{args.out}: {made / 1e9:.3f} billion parameters, {shape}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from adaptd.config import Config
 from adaptd.decoding.build import build_engine
 from adaptd.errors import AdaptdError, UpstreamUnavailable
 from adaptd.models.chat import render_chat
-from adaptd.models.inflate import inflate, shape_for
-from adaptd.models.load import load_causal_lm, load_tokenizer, resolve
+from adaptd.models.inflate import save_inflated
+from adaptd.models.load import load_causal_lm, resolve
 from adaptd.pocket.shipped import pocket_prompts
 
 _DOMAINS = ("medical", "math", "tools", "code")
@@ -95,12 +95,10 @@ def target_folder(config: Config, parameters: int | None, dtype: str) -> str:
         return source
     folder = config.home / "bench" / f"target-{Path(source).name}-{parameters}-{dtype}"
     if not (folder / "tokenizer.json").exists():
-        model = load_causal_lm(source, dtype=dtype, device="cpu")
         try:
-            inflate(model, shape_for(model.config, parameters)).save_pretrained(folder)
+            save_inflated(source, folder, parameters, dtype=dtype)
         except ValueError as error:
             raise AdaptdError(str(error)) from error
-        load_tokenizer(source).save_pretrained(folder)
     return str(folder)
 
 

@@ -70,6 +70,8 @@ class Trending:
         self._minutes: dict[tuple[int, str], Counts] = {}
         self._events: deque[tuple[str, float, dict[str, Any]]] = deque(maxlen=_EVENTS)
         self._turn = asyncio.Lock()
+        #: The groups' names and rules; with the vocabulary, `_groups`, once that is needed.
+        self._rules = TokenGroups(lambda _: (), config.trends.groups)
         self._groups: TokenGroups | None = None
         self._groups_since = 0.0
         self._described = False
@@ -186,11 +188,10 @@ class Trending:
         """Keep beside the series which groups its columns mean, and since when."""
         if self._described:
             return
-        names = TokenGroups(lambda _: (), self._config.trends.groups)
         held = json.loads(series.about() or "{}")
-        if held.get("rules") != names.fingerprint:
+        if held.get("rules") != self._rules.fingerprint:
             since = self._clock() if held else 0.0
-            held = {"groups": names.names, "rules": names.fingerprint, "since": since}
+            held = {"groups": self._rules.names, "rules": self._rules.fingerprint, "since": since}
             series.describe(json.dumps(held))
         self._groups_since, self._described = float(held["since"]), True
 
@@ -209,9 +210,8 @@ class Trending:
         except ValueError as error:
             raise RequestRefused(str(error)) from None
         await self.write()
-        names = TokenGroups(lambda _: (), self._config.trends.groups).names
         window, history = await asyncio.to_thread(_read, self._series, start)
-        return Period(start, until, window, tables(window, self._groups_since), history, names)
+        return Period(start, until, window, tables(window, self._groups_since), history, self._rules.names)
 
     async def read(self, since: str) -> dict[str, Any]:
         """Trends since then as JSON values; empty, with `error`, where the store does not answer.

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from adaptd.models.load import cast_parameters, freeze
+from adaptd.models.load import cast_parameters, freeze, load_causal_lm, load_tokenizer
 
 #: Hidden size over layers, about that of published models of 0.1 to 10 billion parameters.
 _ASPECT = (40, 160)
@@ -105,6 +106,18 @@ def inflate(model: PreTrainedModel, shape: Shape, *, seed: int = 0) -> LlamaForC
     freeze(larger)
     cast_parameters(larger, next(model.parameters()).dtype)
     return larger
+
+
+def save_inflated(source: str, folder: Path, parameters: int, *, dtype: str, seed: int = 0) -> Shape:
+    """Write the inflation of the model in folder `source`, with its tokenizer, as any Hugging Face folder.
+
+    Raises: ValueError: as `shape_for` and `inflate`.
+    """
+    model = load_causal_lm(source, dtype=dtype, device="cpu")
+    shape = shape_for(model.config, parameters)
+    inflate(model, shape, seed=seed).save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
+    return shape
 
 
 def _fill(name: str, new: Tensor, old: Tensor | None, scale: float, generator: torch.Generator) -> None:

@@ -66,6 +66,8 @@ def trace_counts(trace: Trace, groups: TokenGroups | None) -> Counts:
 def entropy(logprobs: FloatArray) -> FloatArray:
     """[R] entropy in nats of the top K plus one tail bucket, a lower bound of the whole one (design section 5).
 
+    What `policies.divergence.entropy` is for a learner, without torch.
+
     Args:
       logprobs: [R, K] nats.
     """

@@ -16,8 +16,8 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
 from adaptd.report.charts import embedded, write_page
 from adaptd.report.monitor import ALL
-from adaptd.report.period_tables import body, entropy_bin, introduction
-from adaptd.report.trend_tables import chunks
+from adaptd.report.period_tables import body, introduction
+from adaptd.report.trend_tables import chunks, entropy_bin
 
 #: Domains drawn, most requests first; the table has them all. Points of a line.
 _DOMAINS, _POINTS = 8, 72

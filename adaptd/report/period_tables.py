@@ -10,7 +10,7 @@ from typing import Any
 from adaptd.report.monitor import ALL
 from adaptd.report.rejections import MIN_JUDGED
 from adaptd.report.tables import number, percent
-from adaptd.report.trend_tables import details
+from adaptd.report.trend_tables import bucket, details, entropy_bin
 
 #: Events listed of each kind, newest first.
 _EVENTS = 40
@@ -28,19 +28,13 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>'
 
 
-def entropy_bin(values: dict[str, Any]) -> str:
-    """A bin of the target's entropy."""
-    return f"{values['from']:g}+" if values["to"] is None else f"{values['from']:g} to {values['to']:g}"
-
-
 def introduction(found: dict[str, Any]) -> str:
     """What the page is about, and what is compared."""
     trends = found["trends"]
-    step = trends["step_s"]
     text = (
         f"<p>{utc(trends['from'])} to {utc(trends['to'])} UTC, engine {html.escape(found['engine'])}, k = {found['k']}, draft "
         f"version {found['draft_version']} at the end. Mean acceptance length is emitted tokens per verification round, bonus "
-        f"included; a bucket of the time series is {f'{step // 60} min' if step < 3600 else f'{step // 3600} h'}.</p>"
+        f"included; a bucket of the time series is {bucket(trends['step_s'])}.</p>"
     )
     if found["split"] is None:
         return f"{text}<p>Nothing is compared: {html.escape(found['why_not_compared'])}.</p>"

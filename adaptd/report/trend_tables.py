@@ -28,6 +28,16 @@ def when(at: float, step_s: float) -> str:
     return time.strftime("%H:%M:%S" if step_s <= 60 else "%m-%d %H:%M", time.localtime(at))
 
 
+def bucket(step_s: float) -> str:
+    """The length of a bucket."""
+    return f"{step_s // 60} min" if step_s < 3600 else f"{step_s // 3600} h"
+
+
+def entropy_bin(values: dict[str, Any]) -> str:
+    """A bin of the target's entropy."""
+    return f"{values['from']:g}+" if values["to"] is None else f"{values['from']:g} to {values['to']:g}"
+
+
 def chunks(trends: dict[str, Any], name: str, width: int = _WIDTH) -> list[float | None]:
     """MAL of a domain in at most `width` pieces of the period; None where nothing was served.
 
@@ -49,9 +59,8 @@ def _ends(values: Sequence[float | None]) -> str:
 
 
 def _domains(trends: dict[str, Any], k: int) -> Table:
-    step = trends["step_s"]
     first, last = when(trends["from"], 900), when(trends["to"], 900)
-    size = f"{step // 60} min" if step < 3600 else f"{step // 3600} h"
+    size = bucket(trends["step_s"])
     table = Table(title=f"trends since {trends['since']} ({first} to {last}, buckets of {size})", expand=True)
     for column in ("domain", "requests", "MAL", "first -> last", "accepted", "by depth", "MAL over time"):
         left = column in ("domain", "MAL over time")
@@ -81,10 +90,7 @@ def _rejections(trends: dict[str, Any]) -> list[Table]:
     table.add_column("token group")
     table.add_column("rejected", justify="right")
     table.add_column("of", justify="right")
-    bins = [
-        (f"{b['from']} to {b['to']}" if b["to"] is not None else f"{b['from']} and more", percent(b["acceptance"]))
-        for b in row["by_entropy"]
-    ]
+    bins = [(entropy_bin(b), percent(b["acceptance"])) for b in row["by_entropy"]]
     groups = [(name, percent(g["rate"]), f"{g['judged']:,}") for name, g in row["by_group"].items() if g["judged"]]
     for i in range(max(len(bins), len(groups))):
         table.add_row(*(bins[i] if i < len(bins) else ("", "")), *(groups[i] if i < len(groups) else ("", "", "")))

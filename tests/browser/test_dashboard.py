@@ -102,6 +102,7 @@ def test_a_promotion_while_one_looks_appears_in_the_chart(open_page: OpenPage, s
     served.tell(events=[{"at": 1_700_000_000, "kind": "promoted", "version": 8}])
     page.wait("events.textContent.includes('version 8')")
     page.wait(f"performance.getEntriesByType('resource').filter(r => r.name.includes('since=')).length > {asked}")
+    assert not page.troubles()
 
 
 def test_where_event_streams_fail_the_page_polls_and_says_what_is_wrong(open_page: OpenPage, served: Served) -> None:
@@ -111,7 +112,7 @@ def test_where_event_streams_fail_the_page_polls_and_says_what_is_wrong(open_pag
     page.wait("document.body.dataset.link === 'poll' && state.textContent === 'draining'")
     served.tell(draining=False, in_flight=41)
     page.wait("tiles.textContent.includes('41') && state.textContent === 'serving'")
-    page.wait("document.body.dataset.link === 'stream'")
+    assert page.wait("document.body.dataset.link === 'stream'")
 
 
 def test_without_event_source_the_page_polls(open_page: OpenPage, served: Served) -> None:
@@ -121,6 +122,8 @@ def test_without_event_source_the_page_polls(open_page: OpenPage, served: Served
     page.wait("document.body.dataset.link === 'poll' && tiles.textContent.includes('2.04')")
     served.tell(in_flight=55)
     page.wait("tiles.textContent.includes('55')")
+    assert page.js("document.body.dataset.link") == "poll"
+    assert not any(url.endswith("/adaptd/stream") for url in page.requested())
 
 
 def test_viewers_do_not_hold_up_a_daemon_that_stops(open_page: OpenPage, fresh: Served) -> None:
@@ -301,6 +304,7 @@ def test_a_refusal_is_shown_in_the_daemons_own_words(open_page: OpenPage, served
     page = open_page(f"{served.url}/")
     page.wait("document.getElementById('chart-note').textContent.endsWith('trends.enabled is false: set it to true')")
     page.wait("document.body.dataset.link === 'stream'")
+    assert page.js("document.getElementById('trends').hidden")
 
 
 def test_nothing_is_asked_of_another_machine_and_nothing_moves_where_that_is_not_wanted(

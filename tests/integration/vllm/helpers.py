@@ -17,6 +17,7 @@ from adaptd.models.scope import AdaptedDraft
 from adaptd.sidecar.client import VllmClient
 from adaptd.sidecar.writer import UpdateWriter
 from buffers.trace import NO_TOKEN, Source, Trace
+from checkpoints.manifest import Manifest
 from checkpoints.store import CheckpointStore
 
 K = 4
@@ -113,3 +114,18 @@ def _trace(ids: np.ndarray, prompt_len: int, top_ids: np.ndarray, top_logprobs: 
         engine="vllm",
         reserved=False,
     )
+
+
+def publish_like(store: CheckpointStore, of: Manifest, tensors: dict[str, torch.Tensor]) -> int:
+    """Publish tensors as the next version of the draft that `of` is one of."""
+    made = store.publish(
+        tensors,
+        base_id=of.base_id,
+        tokenizer_hash=of.tokenizer_hash,
+        scope=of.scope,
+        scope_config=of.scope_config,
+        gate={},
+        window={},
+        config={},
+    )
+    return made.version

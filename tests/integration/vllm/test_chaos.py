@@ -20,7 +20,7 @@ from adaptd.pocket.shipped import pocket_prompts
 from adaptd.sidecar.client import VllmClient
 from checkpoints.store import CheckpointStore
 from tests.integration.vllm.daemon import ServedDaemon, chat, counted, wait_for
-from tests.integration.vllm.helpers import Draft
+from tests.integration.vllm.helpers import Draft, publish_like
 from tests.integration.vllm.server import VllmServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.redis, pytest.mark.slow]
@@ -42,18 +42,7 @@ class Setting:
         self.plain = asyncio.run(chat(server.url, QUESTIONS, max_tokens=TOKENS))
 
     def publish(self, tensors: dict[str, torch.Tensor], store: CheckpointStore | None = None) -> int:
-        of = self.manifest
-        made = (store or self.store).publish(
-            tensors,
-            base_id=of.base_id,
-            tokenizer_hash=of.tokenizer_hash,
-            scope=of.scope,
-            scope_config=of.scope_config,
-            gate={},
-            window={},
-            config={},
-        )
-        return made.version
+        return publish_like(store or self.store, self.manifest, tensors)
 
     def publisher(self) -> dict[str, Any]:
         found: dict[str, Any] = self.daemon.status()["publisher"]

@@ -17,7 +17,7 @@ from adaptd.sidecar.proxy import Done, Proxy
 from adaptd.sidecar.request import plan
 from checkpoints.store import CheckpointStore
 from tests.integration.vllm.daemon import ServedDaemon, chat, wait_for
-from tests.integration.vllm.helpers import Draft
+from tests.integration.vllm.helpers import Draft, publish_like
 from tests.integration.vllm.proxy.test_in_the_way import QUESTIONS, body
 from tests.integration.vllm.server import VllmServer
 
@@ -39,18 +39,7 @@ class Canary:
         self.plain = asyncio.run(chat(other.url, ASKED, max_tokens=24))
 
     def publish(self, tensors: dict[str, torch.Tensor]) -> int:
-        of = self.manifest
-        made = self.store.publish(
-            tensors,
-            base_id=of.base_id,
-            tokenizer_hash=of.tokenizer_hash,
-            scope=of.scope,
-            scope_config=of.scope_config,
-            gate={},
-            window={},
-            config={},
-        )
-        return made.version
+        return publish_like(self.store, self.manifest, tensors)
 
     def versions(self) -> list[int]:
         return [server["draft_version"] for server in self.daemon.status()["upstream"]["servers"]]

@@ -96,7 +96,9 @@ def test_a_viewer_that_comes_as_the_last_one_leaves_is_served() -> None:
         await next_of("status", first)
         await first.aclose()
         second = feed.events()
-        await next_of("status", second)
+        daemon.said = {**daemon.said, "in_flight": 3}
+        assert (await next_of("status", second))["in_flight"] == 3
+        assert feed.viewers == 1
         await second.aclose()
 
     run(test)
