@@ -21,6 +21,9 @@ from typing import Any
 #: Cost that is assumed before anything was measured, as a part of a request's speed, and how many requests' worth of
 #: evidence that assumption is.
 PRIOR_COST, _PRIOR_WEIGHT = 0.1, 40.0
+#: An estimate above this is held for something else that was slow just then, such as a learner on the server's cores: the
+#: server must not stop being captured for it.
+MAX_COST = 0.3
 #: Requests after which what was measured has lost most of its weight.
 _MEMORY = 2000.0
 #: Seconds of income that the account holds; more where requests are long.
@@ -69,14 +72,14 @@ class CostMeter:
         self._sums.setdefault(_level(in_flight), _Sums()).add(captured, math.log(seconds_a_token))
 
     def cost(self, in_flight: float) -> float:
-        """The estimate at this number; where nothing was measured at it, at the nearest. At least 0.001."""
+        """The estimate at this number; where nothing was measured at it, at the nearest. Within [0.001, `MAX_COST`]."""
         if not self._sums:
             return PRIOR_COST
         here = _level(in_flight)
         sums = self._sums[min(self._sums, key=lambda level: abs(level - here))]
         # A request counts for a quarter where half of them were captured: the variance of x.
         slope = sums.slope(-math.log1p(-PRIOR_COST), _PRIOR_WEIGHT / 4)
-        return min(0.9, max(0.001, -math.expm1(-slope)))
+        return min(MAX_COST, max(0.001, -math.expm1(-slope)))
 
 
 def _level(in_flight: float) -> int:

@@ -18,6 +18,7 @@ from adaptd.decoding.request import DecodeRequest, SamplingParams
 from adaptd.errors import AdaptdError, LogRefused
 from adaptd.ingest.read import Reading, read_log
 from adaptd.ingest.spool import Spool
+from adaptd.learning.cycle import TickReport
 from adaptd.pocket.shipped import pocket_prompts
 from buffers.embedded import start_embedded
 from buffers.open import open_table
@@ -263,9 +264,21 @@ def test_a_budget_keeps_that_many_records(select: Any, config: Config, log: Path
 
 
 def test_the_settling_ticks_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most a dozen, and two in a row without a promotion are enough."""
+    """After two dozen at most, or two since the last promotion that gain nothing over what was judged before."""
+
+    def report(published: int | None, gain: float | None) -> TickReport:
+        verdict = None if gain is None else {"gain": {"mean": gain}}
+        return TickReport("settle", published=published, verdict=verdict)
+
+    promoted, slow, none, no_judge = report(1, 0.02), (report(None, 0.002 * i) for i in range(1, 99)), 0.0, None
     rehearsal = object.__new__(learning.Rehearsal)
-    for promotions, ticks in (([True] * 99, 12), ([True, False, True, False, False, True], 5)):
-        given = iter(promotions)
+    for reports, ticks in (
+        ([promoted] * 99, 24),
+        (slow, 24),
+        ([promoted, report(None, none), promoted, report(None, -0.1), report(None, none), promoted], 5),
+        ([report(None, 0.01), report(None, 0.005), report(None, 0.02), report(None, 0.01)], 4),
+        ([report(None, no_judge)] * 9, 2),
+    ):
+        given = iter(reports)
         monkeypatch.setattr(learning.Rehearsal, "_tick", lambda self, reason, given=given: next(given))
         assert len(list(rehearsal.settle())) == ticks

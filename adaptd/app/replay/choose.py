@@ -1,4 +1,4 @@
-"""Spending a budget: every record gets a score, the highest are replayed."""
+"""Spending a budget: every record has a chance that follows its score."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Literal
 
 from rich.progress import Progress
 
-from adaptd.app.replay.lessons import Lessons
+from adaptd.app.replay.lessons import Lessons, request_id
 from adaptd.app.replay.models import ReplayModels
 from adaptd.config import Config
 from adaptd.errors import ConfigError
 from adaptd.ingest.select import REFERENCE, Selection, fit_reference, shifts, surprises
 from adaptd.ingest.spool import Queued, Spool
 from buffers.table import ReplayTable
-from buffers.trace import Trace
+from buffers.trace import Trace, is_reserved
 from policies.shift import RepresentationShift
 
 #: Anchors below which the log itself is the reference.
 _LEAST_ANCHORS = 64
+#: Of a chance; nothing is left out for certain.
+_LEAST_SCORE = 1e-6
 
 
 def spend_budget(
@@ -33,9 +35,11 @@ def spend_budget(
     held: Callable[[Queued], bool],
     progress: Progress,
 ) -> None:
-    """Keep the `budget` records with the highest score to learn from; a uniform sample for `random`.
+    """Keep `budget` records to learn from, each with a chance in proportion to its score; a uniform sample for `random`.
 
-    Records that are held out stay, whatever their score: figures are of the traffic, not of the choice.
+    Drawn, and not the highest of all: those are often of one kind, and a draft that never saw the other kinds again
+    forgets them. Records that the gate will judge on are drawn uniformly, and those that are held out all stay: what
+    is judged and measured is the traffic, not the choice.
 
     Raises:
       ConfigError: a representation shift without a target.
@@ -46,20 +50,36 @@ def spend_budget(
         )
     reference = _reference(models, lessons, spool, table) if by == "shift" else None
     task = progress.add_task("selecting", total=spool.count(), unit="records")
-    kept = 0
+    kept = sum(held(q) for batch in spool.walk(0, models.chunk) for q in batch)
+    share = min(1.0, budget / max(1, spool.count() - kept))
     for batch in spool.walk(0, models.chunk):
-        spared = [q for q in batch if held(q)]
-        kept += len(spared)
-        spool.score((q.seq, math.inf) for q in spared)
+        spool.score((q.seq, math.inf) for q in batch if held(q))
         others = [q for q in batch if not held(q)]
         if by == "random":
-            spool.score((q.seq, float(int.from_bytes(q.digest[:6], "big"))) for q in others)
-        elif scored := lessons.provisional(others):
-            values = _scores(config, models, reference, scored)
-            spool.score((q.seq, value) for (q, _), value in zip(scored, values, strict=True))
+            spool.score((q.seq, _lot(q)) for q in others)
+        else:
+            judges = [q for q in others if is_reserved(request_id(q), config.capture.reserved_share)]
+            spool.score((q.seq, math.inf if _lot(q) < share else -math.inf) for q in judges)
+            reserved = {q.seq for q in judges}
+            if scored := lessons.provisional([q for q in others if q.seq not in reserved]):
+                values = _scores(config, models, reference, scored)
+                spool.score((q.seq, _drawn(q, value)) for (q, _), value in zip(scored, values, strict=True))
         progress.update(task, completed=batch[-1].rank + 1)
     progress.remove_task(task)
     spool.keep_lowest(kept + budget, "left out by --budget", by="score")
+
+
+def _lot(queued: Queued) -> float:
+    """Within (0, 1), the same for the same record."""
+    return (int.from_bytes(queued.digest[:6], "big") + 0.5) / 2**48
+
+
+def _drawn(queued: Queued, score: float) -> float:
+    """A key whose highest are a sample without replacement, with chances in proportion to scores.
+
+    Source: Efraimidis and Spirakis 2006, algorithm A-ES: u^(1 / weight), here its logarithm.
+    """
+    return math.log(_lot(queued)) / max(score, _LEAST_SCORE)
 
 
 def _scores(

@@ -16,6 +16,7 @@ from adaptd.bench.learners import build as build_learner
 from adaptd.bench.verify import verify
 from adaptd.config import Config
 from adaptd.decoding.build import build_recall
+from adaptd.learning.cycle import TickReport
 from adaptd.learning.evaluate import profiles
 from buffers.table import ReplayTable
 from buffers.trace import Trace
@@ -23,8 +24,8 @@ from checkpoints.store import CURRENT, CheckpointStore
 from policies.acceptance import Profile
 
 #: Ticks after the last trace, at most: the log is over, and what it taught may be learned to its end.
-_SETTLE = 12
-#: Of those, so many in a row that the gate lets nothing through end it.
+_SETTLE = 24
+#: Of those, so many since the last promotion that get no further than the best refused one end it.
 _IDLE = 2
 #: Traces that the oracle learns from, at most: it holds them in memory.
 _ORACLE_TRACES = 4096
@@ -85,21 +86,28 @@ class Rehearsal:
             self._tick("traces")
 
     def settle(self) -> Iterator[None]:
-        """Ticks until the gate lets nothing more through; an item a tick."""
-        idle = 0
+        """Ticks until nothing more is gained; an item a tick."""
+        idle, best = 0, 0.0
         for _ in range(_SETTLE):
-            idle = 0 if self._tick("settle") else idle + 1
+            report = self._tick("settle")
+            gain = float(report.verdict["gain"]["mean"]) if report.verdict else 0.0
+            if report.published is not None:
+                idle, best = 0, 0.0
+            elif gain > best:
+                # Not sure enough yet to pass the gate; what is learned next comes on top of it.
+                best = gain
+            else:
+                idle += 1
             yield
             if idle >= _IDLE:
                 return
 
-    def _tick(self, reason: str) -> bool:
+    def _tick(self, reason: str) -> TickReport:
         report = self.cycle.tick(reason, self._config.checkpoints.keep)
-        if report.published is None:
-            return False
-        self.version, self.after = _current(self._store)
-        self.promoted += 1
-        return True
+        if report.published is not None:
+            self.version, self.after = _current(self._store)
+            self.promoted += 1
+        return report
 
     def _stand(self, version: Version) -> None:
         tensors, on_base = version

@@ -41,6 +41,11 @@ class Lesson(NamedTuple):
     teacher: Teacher
 
 
+def request_id(queued: Queued) -> str:
+    """Names the record's trace; by it the gate's traces are told from the others."""
+    return f"replay-{queued.digest.hex()}"
+
+
 class Lessons:
     """Makes lessons of records.
 
@@ -63,7 +68,7 @@ class Lessons:
         for index, (q, teacher, rendered) in enumerate(chosen):
             if rendered is None or teacher is None:
                 continue
-            name = f"replay-{q.digest.hex()}"
+            name = request_id(q)
             if teacher != "regenerate":
                 labelled[index] = label(q.record, rendered, name, self._about)
             elif self._regenerator is not None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from adaptd.sidecar.share import BUDGET, LEARNER, LIMIT, CaptureShare, CostMeter, Ticket
+from adaptd.sidecar.share import BUDGET, LEARNER, LIMIT, MAX_COST, CaptureShare, CostMeter, Ticket
 
 
 class Server:
@@ -130,6 +130,17 @@ def test_a_request_that_came_to_nothing_says_nothing_of_cost_and_is_over() -> No
         share.end(ticket, 0)
     assert share.meter.cost(1) == before
     assert share.why_not() == BUDGET, "the time counts all the same"
+
+
+def test_whatever_is_measured_a_part_of_the_time_is_captured() -> None:
+    """Something else is slow whenever it is captured: what it takes for capture's cost is more than that can be."""
+    now = [0.0]
+    share = governor(now)
+    Server(share, now, 8, 0.6).run(600)
+    assert share.meter.cost(8) == MAX_COST
+    settled = Server(share, now, 8, 0.6).run(1800)
+    assert settled.captured
+    assert 0.03 < settled.lost <= 0.06, "the budget, as often as its estimate is below what it costs"
 
 
 def test_what_it_costs_is_told_apart_by_load() -> None:

@@ -118,7 +118,9 @@ def test_it_learns_from_what_it_passes(served: Served) -> None:
     ticks = wait_for(
         "a tick", lambda: [t for t in (served.status()["learner"] or {}).get("history", []) if t["loss"]], 300
     )
-    assert ticks[-1]["steps"] == 4
+    assert ticks[0]["steps"] == 4
+    # Fewer once there is nothing to learn, and then the first tick is not the last.
+    assert 1 <= ticks[-1]["steps"] <= 4
     assert ticks[-1]["verdict"]["reason"]
 
 
