@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adaptd.decoding.row import Row
 from adaptd.models.cache import RaggedCache, additive_mask, attention_windows, prepare_attention
+from adaptd.models.lean import LeanDecoder, can_run
 from adaptd.models.request_gate import conditioned, request_gate
 
 
@@ -46,6 +47,7 @@ class ModelRunner:
         self._about: tuple[tuple[Row, ...], frozenset[str]] = ((), frozenset())
         self._known: tuple[Tensor, Tensor]
         self._keep_last = {"logits_to_keep": 1} if _takes_logits_to_keep(model) else {}
+        self._lean = LeanDecoder(model, max_length) if can_run(model) else None
 
     def masks(self, positions: Tensor, length: int) -> dict[str, Tensor]:
         """The model's masks for queries at `positions` [B, Q] over `length` cache positions, [B, 1, Q, length] each."""
@@ -88,17 +90,21 @@ class ModelRunner:
         Returns: logits [B, Q, V], or [B, 1, V] if only the last are needed; float32.
         """
         self.cache.point(first, positions, length)
-        mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
+        # Surplus positions behind the context's end are computed and thrown away; no table has them.
+        positions = positions.clamp(max=self._last_position)
         with conditioned(self.model, self._openness):
-            logits: Tensor = self.model(
-                input_ids=tokens,
-                attention_mask=mask,
-                # Surplus positions behind the context's end are computed and thrown away; no table has them.
-                position_ids=positions.clamp(max=self._last_position),
-                past_key_values=self.cache,
-                use_cache=True,
-                **(self._keep_last if last_only else {}),
-            ).logits
+            if self._lean is not None:
+                logits = self._lean(tokens, positions, masks, self.cache, last_only=last_only)
+            else:
+                mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
+                logits = self.model(
+                    input_ids=tokens,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    **(self._keep_last if last_only else {}),
+                ).logits
         return (logits[:, -1:] if last_only else logits).float()
 
 

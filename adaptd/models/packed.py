@@ -68,13 +68,13 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
         # Neither a parameter nor a buffer: a tensor without strides can be neither cast nor saved.
-        self._packed, self._rows = packed, slice(start, start + layer.out_features)
+        self.packed, self._rows = packed, slice(start, start + layer.out_features)
         self._at = {"first": start == 0, "last": last}
 
     @property
     def weight(self) -> Tensor:
         """[out, in], unpacked at each call."""
-        return self._packed.dense()[self._rows]
+        return self.packed.dense()[self._rows]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # A model is known by its weights (`weights_id`), in whatever layout they are.
@@ -83,7 +83,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        return self._packed.product(x, **self._at)[..., self._rows]
+        return self.packed.product(x, **self._at)[..., self._rows]
 
 
 def can_pack(dtype: torch.dtype) -> bool:

@@ -66,7 +66,7 @@ def test_siblings_are_one_product_for_one_input_and_right_for_any() -> None:
             for value in (x, other, x):
                 got, right = (m.get_submodule(name)(value) for m in (model, dense))
                 torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-5)
-    packed = model.q_proj._packed
+    packed = model.q_proj.packed
     calls = []
     kernel = packed._kernel
     packed._kernel = lambda *args: calls.append(1) or kernel(*args)

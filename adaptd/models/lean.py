@@ -1,0 +1,156 @@
+"""The forward pass of the plain pre-norm transformers without the machinery around it.
+
+A decode round on a small machine is bound by how fast weights are read, if nothing else takes time. transformers' own
+forward takes some 190 Python calls a layer: decorators, mask and cache bookkeeping, attention dispatch. This is the same
+sum in about thirty operations a layer, over the same modules and the same `RaggedCache`, so packed layers, adapters and
+hot swaps work as they do there. Architectures that it does not know go through transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from adaptd.models.cache import FULL, GROUPED_SDPA, RaggedCache
+from adaptd.models.packed import Packed, PackedLinear
+
+#: Architectures whose layer is: norm, attention with rotary positions, add, norm, feed-forward, add.
+KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+#: Rotary positions that are a table, whatever the length of the sequence.
+_TABLES = ("default", "linear", "llama3", "yarn")
+
+
+class LeanDecoder:
+    """Runs a model's own modules.
+
+    Args:
+      model: in eval mode; `can_run` says whether it can be run here.
+      max_length: positions there may be.
+    """
+
+    def __init__(self, model: nn.Module, max_length: int) -> None:
+        plain = _plain(model)
+        base = plain.base_model
+        config = plain.config.get_text_config(decoder=True)
+        self._embed, self._head = plain.get_input_embeddings(), plain.get_output_embeddings()
+        self._norm = base.norm
+        kinds = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
+        heads = config.num_attention_heads, config.num_key_value_heads
+        self._layers = [_Layer(layer, kind, heads) for layer, kind in zip(base.layers, kinds, strict=True)]
+        weight = self._embed.weight
+        positions = torch.arange(max_length, device=weight.device)[None]
+        cos, sin = base.rotary_emb(weight.new_zeros(1, 1, 1), positions)
+        # A head's halves are rotated against each other: the sign of the swapped half is put into the table.
+        half = sin.shape[-1] // 2
+        self._cos, self._sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, masks: Mapping[str, Tensor], cache: RaggedCache, *, last_only: bool
+    ) -> Tensor:
+        """One pass at where `cache` points.
+
+        Args:
+          tokens, positions: int64 [B, Q].
+          masks: additive, [B, 1, Q, L] by kind of layer; the only one is for all layers.
+          last_only: logits of the last position alone.
+        Returns: logits [B, Q, V], or [B, 1, V].
+        """
+        hidden: Tensor = self._embed(tokens)
+        rotation = self._cos[positions][:, :, None], self._sin[positions][:, :, None]
+        only = next(iter(masks.values())) if len(masks) == 1 else None
+        for index, layer in enumerate(self._layers):
+            mask = masks[layer.kind] if only is None else only
+            hidden = layer(hidden, rotation, mask, cache, index)
+        if last_only:
+            hidden = hidden[:, -1:]
+        logits: Tensor = self._head(_normed(hidden, self._norm))
+        return logits
+
+
+class _Layer:
+    def __init__(self, layer: Any, kind: str, heads: tuple[int, int]) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.kind, self._heads = kind, heads
+        self._before, self._between = layer.input_layernorm, layer.post_attention_layernorm
+        self._q, self._k, self._v, self._o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        self._norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
+        self._dim, self._scale = int(attention.head_dim), float(attention.scaling)
+        self._stacked = _stacked(self._q, self._k, self._v)
+        self._mlp, self._down = mlp, getattr(mlp, "down_proj", None)
+        self._gated = (
+            _stacked(mlp.gate_proj, mlp.up_proj) if isinstance(getattr(mlp, "act_fn", None), nn.SiLU) else None
+        )
+
+    def __call__(
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor, cache: RaggedCache, index: int
+    ) -> Tensor:
+        hidden = hidden + self._attend(_normed(hidden, self._before), rotation, mask, cache, index)
+        return hidden.add_(self._feed(_normed(hidden, self._between)))
+
+    def _attend(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor, cache: RaggedCache, index: int
+    ) -> Tensor:
+        batch, length, _ = x.shape
+        if self._stacked is not None:
+            read = self._stacked.product(x, first=True, last=True)
+        else:
+            read = torch.cat((self._q(x), self._k(x), self._v(x)), -1)
+        heads = read.view(batch, length, -1, self._dim)
+        n_q, n_kv = self._heads
+        turned = heads[:, :, : n_q + n_kv]
+        if self._norms[0] is not None:
+            parts = turned.split((n_q, n_kv), 2)
+            turned = torch.cat([_normed(part, norm) for part, norm in zip(parts, self._norms, strict=True)], 2)
+        cos, sin = rotation
+        turned = (turned * cos).addcmul_(turned.roll(self._dim // 2, -1), sin)
+        keys, values = cache.update(
+            turned[:, :, n_q:].transpose(1, 2), heads[:, :, n_q + n_kv :].transpose(1, 2), index
+        )
+        groups = n_q // n_kv
+        # As `grouped_sdpa`: heads that share keys and values are more queries of them.
+        query = turned[:, :, :n_q].transpose(1, 2).reshape(batch, n_kv, groups * length, self._dim)
+        if groups > 1:
+            mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).reshape(batch, 1, groups * length, -1)
+        found = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scale)
+        joined = found.view(batch, n_q, length, self._dim).transpose(1, 2).reshape(batch, length, -1)
+        out: Tensor = self._o(joined)
+        return out
+
+    def _feed(self, x: Tensor) -> Tensor:
+        if self._gated is None or self._down is None:
+            whole: Tensor = self._mlp(x)
+            return whole
+        gate, up = self._gated.product(x, first=True, last=True).chunk(2, -1)
+        out: Tensor = self._down(silu(gate).mul_(up))
+        return out
+
+
+def can_run(model: nn.Module) -> bool:
+    """Whether a model is one of the known architectures, with attention that takes an additive mask."""
+    plain = _plain(model)
+    config = getattr(plain, "config", None)
+    if config is None or getattr(config, "model_type", "") not in KNOWN:
+        return False
+    rope = getattr(config, "rope_parameters", None) or {}
+    kernel = getattr(config, "_attn_implementation", "")
+    return rope.get("rope_type", "default") in _TABLES and kernel in ("sdpa", GROUPED_SDPA)
+
+
+def _plain(model: nn.Module) -> Any:
+    """The model inside an adapter's wrapper."""
+    found = cast(Any, model)
+    return found.get_base_model() if hasattr(found, "get_base_model") else found
+
+
+def _stacked(*layers: nn.Module) -> Packed | None:
+    """The one product of all these layers, if there is one."""
+    shared = {layer.packed for layer in layers if isinstance(layer, PackedLinear)}
+    return shared.pop() if len(shared) == 1 and all(isinstance(layer, PackedLinear) for layer in layers) else None
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
