@@ -6,9 +6,10 @@
 warm       a log of `--records` math questions with the target's answers is replayed beside the offline oracle; then `adaptd
            serve` answers other questions over HTTP with the fitted draft, not learning, and its MAL is compared with the
            oracle's and with what replay predicted
-budget     the same log under half of its records, by each way of selecting, dry; against all of it
-synthetic  a log of as many records over four domains, against one that the target synthesised without a question being
-           shown to it; both are judged on records of the first log that were held out of it
+budget     the same log, and one of `--mixed` records over four domains, under half of the records, by each way of
+           selecting, dry; against all of them
+synthetic  the log of four domains against one that the target synthesised without a question being shown to it; both are
+           judged on records of the first log that were held out of it
 
 Every step is a command of `adaptd`, printed as it is run. A step whose result is in DIR is not repeated.
 """
@@ -198,32 +199,35 @@ def warm(bench: Bench, log: Path, live: Sequence[str]) -> None:
     )
 
 
-def budget(bench: Bench, log: Path, records: int) -> None:
-    """Half of the log against all of it, dry."""
+def historical(bench: Bench, log: Path) -> dict[str, Any]:
+    """The whole log of four domains."""
+    args = ("--domain-field", "domain", "--report", str(bench.out / "history"))
+    return bench.adaptd("history", "replay", str(log), *args, state="history")
+
+
+def budget(bench: Bench, log: Path, records: int, whole: Mapping[str, Any]) -> None:
+    """Half of a log against all of it, dry."""
     half = records // 2
-    whole = replayed(bench, log)
-    print(f"all: {shown(whole['mal_after'])}, from {shown(whole['mal_before'])}")
+    print(f"{log.stem}, all: {shown(whole['mal_after'])}, from {shown(whole['mal_before'])}")
     for by in ("shift", "surprise", "random"):
-        name = f"half-{by}"
-        args = ("--budget", str(half), "--select", by, "--report", str(bench.out / name))
+        name = f"half-{log.stem}-{by}"
+        args = ("--domain-field", "domain", "--budget", str(half), "--select", by, "--report", str(bench.out / name))
         found = bench.adaptd(name, "replay", str(log), "--dry-run", *args, state=name)
         share = found["mal_after"]["mean"] / whole["mal_after"]["mean"]
-        print(f"{half} by {by}: {shown(found['mal_after'])}, {share:.3f} of all")
+        print(f"{log.stem}, {half} by {by}: {shown(found['mal_after'])}, {share:.3f} of all")
 
 
 def synthetic(bench: Bench, log: Path, records: int) -> None:
     """A log of the target's own questions against a historical one, judged on the historical one's held-out records."""
-    args = ("--domain-field", "domain", "--report")
-    history = bench.adaptd("history", "replay", str(log), *args, str(bench.out / "history"), state="history")
+    history = historical(bench, log)
     made = bench.out / "synthetic.jsonl"
     sampling = ("--temperature", str(TEMPERATURE), "--max-tokens", str(MAX_TOKENS), "--max-query", "160")
     if not made.exists():
         bench.adaptd("made", "synthesize", str(made), "-n", str(records), *sampling, state="synthetic", result=False)
     bench.adaptd("synthetic", "replay", str(made), "--report", str(bench.out / "synthetic"), state="synthetic")
     # Before a dry replay of the first log stands what the second one left: on the very records held out of the first.
-    judged = bench.adaptd(
-        "judged", "replay", str(log), "--dry-run", *args, str(bench.out / "judged"), state="synthetic"
-    )
+    args = ("--domain-field", "domain", "--report", str(bench.out / "judged"))
+    judged = bench.adaptd("judged", "replay", str(log), "--dry-run", *args, state="synthetic")
     day0, ours = history["mal_before"]["mean"], judged["mal_before"]["mean"]
     share = (ours - day0) / (history["mal_after"]["mean"] - day0)
     print(f"day 0 {shown(history['mal_before'])}; historical {shown(history['mal_after'])}")
@@ -245,15 +249,18 @@ def main() -> None:
     math = [text for _, text in read_prompts(args.questions)] if args.questions else pocket_prompts("math")
     math = [text for text in math if len(text) < 500]
     known, live = math[: -args.live], math[-args.live :]
+    mixed = {domain: pocket_prompts(domain) for domain in DOMAINS}
     for part in args.part or ("warm", "budget", "synthetic"):
         print(f"## {part}")
-        if part == "synthetic":
-            mixed = {domain: pocket_prompts(domain) for domain in DOMAINS}
-            synthetic(bench, bench.log("mixed", mixed, args.mixed), args.mixed)
-        elif part == "warm":
+        if part == "warm":
             warm(bench, bench.log("math", {"math": known}, args.records), live)
+        elif part == "synthetic":
+            synthetic(bench, bench.log("mixed", mixed, args.mixed), args.mixed)
         else:
-            budget(bench, bench.log("math", {"math": known}, args.records), args.records)
+            log = bench.log("math", {"math": known}, args.records)
+            budget(bench, log, args.records, replayed(bench, log))
+            log = bench.log("mixed", mixed, args.mixed)
+            budget(bench, log, args.mixed, historical(bench, log))
 
 
 if __name__ == "__main__":
