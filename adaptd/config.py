@@ -15,34 +15,9 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from adaptd.errors import ConfigError
+from adaptd.sections import EngineConfig, TrendsConfig, UpstreamConfig
 from adaptd.sections import Section as _Section
-from adaptd.sections import TrendsConfig, UpstreamConfig
 from adaptd.values import put, read_mapping, value_of
-
-
-class EngineConfig(_Section):
-    """The decoders."""
-
-    kind: Literal["native", "vllm"] = "native"
-    """Who decodes: `native`, adaptd's own Ray decoder actors; `vllm`, the server of section `upstream`."""
-    decoders: int = Field(1, ge=1)
-    """Decoder actors."""
-    k: int = Field(4, ge=1, le=16)
-    """Tokens the draft proposes a round."""
-    max_batch: int = Field(8, ge=1)
-    """Requests decoded together by one decoder."""
-    max_length: int = Field(512, ge=16)
-    """Longest prompt and answer together, in tokens; bounded by the models' context."""
-    max_queue: int = Field(64, ge=1)
-    """Requests that may wait at one decoder; one more is answered 503."""
-    device: str = "auto"
-    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 on CUDA, float32 on CPU."""
-    threads: int = Field(1, ge=1)
-    """CPU threads of one decoder."""
-    calibrate: bool = True
-    """Time the models' passes at start, at each new size of batch and every 10 minutes: about three rounds each."""
 
 
 class ModelConfig(_Section):

@@ -1,4 +1,4 @@
-"""The base of every section of the configuration, and the sections of the server behind the proxy and of the trends."""
+"""The base of every section of the configuration, and the sections of the engine, the server behind the proxy, the trends."""
 
 from __future__ import annotations
 
@@ -16,6 +16,35 @@ class Section(BaseModel):
 
 _ADDRESS = r"^(https?://[^/\s]+(/\S*)?|unix:///\S+)$"
 Rate = Annotated[float, Field(gt=0)]
+
+
+class EngineConfig(Section):
+    """The decoders."""
+
+    kind: Literal["native", "vllm"] = "native"
+    """Who decodes: `native`, adaptd's own Ray decoder actors; `vllm`, the server of section `upstream`."""
+    decoders: int = Field(1, ge=1)
+    """Decoder actors."""
+    k: int = Field(4, ge=1, le=16)
+    """Tokens the draft proposes a round."""
+    max_batch: int = Field(8, ge=1)
+    """Requests decoded together by one decoder."""
+    max_length: int = Field(512, ge=16)
+    """Longest prompt and answer together, in tokens; bounded by the models' context."""
+    prefill_tokens: int = Field(1024, ge=1)
+    """Most prompt tokens read between two rounds (chunked prefill); fewer while others are being answered."""
+    prefix_caching: bool = True
+    """What a prompt has in common with one before it, such as a system prompt, is not read again by the target."""
+    max_queue: int = Field(64, ge=1)
+    """Requests that may wait at one decoder; one more is answered 503."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 on CUDA, float32 on CPU."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of one decoder."""
+    calibrate: bool = True
+    """Time the models' passes at start, at each new size of batch and every 10 minutes: about three rounds each."""
 
 
 class UpstreamConfig(Section):

@@ -125,6 +125,6 @@ def _chunk(delta: Delta, request: CompletionInput) -> Chunk:
         text,
         tokens,
         finish_reason=done.finish_reason,
-        usage=Usage(len(request.prompt_ids), len(done.token_ids)),
+        usage=Usage(len(request.prompt_ids), len(done.token_ids), done.cached_tokens),
         speculative=SpeculativeStats(stats.rounds, stats.proposed, stats.accepted, stats.draft_version_max),
     )

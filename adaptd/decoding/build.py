@@ -54,6 +54,8 @@ def build_engine(
         k=config.engine.k,
         max_batch=config.engine.max_batch,
         max_length=min(config.engine.max_length, context),
+        prefill_tokens=config.engine.prefill_tokens,
+        prefix_caching=config.engine.prefix_caching,
         eos_ids=eos_ids(target, tokenizer),
         detokenize=detokenize,
         capture=CaptureConfig(

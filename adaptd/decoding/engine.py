@@ -9,8 +9,8 @@ Invariants
   same token is harmless, and so the shape of a round does not depend on how much was accepted. The target is fed the
   last token and the proposals at n-1 .. n+k-1.
 * Rolling back is nothing but a row's n: what a rejected proposal wrote lies behind it and is overwritten.
-* Active rows are slots [0, n_active); rows that are still reading their prompt follow them. When a row leaves, the last
-  active row is copied into its slot.
+* Active rows are slots [0, n_active); rows that are still reading their prompt follow them (`Prefill`). When a row leaves,
+  the last active row is copied into its slot.
 * A round makes one device-to-host copy (`RoundPacker.pack`).
 
 Not safe for threads: one owner calls everything (`DecodeLoop`).
@@ -19,13 +19,13 @@ Not safe for threads: one owner calls everything (`DecodeLoop`).
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from adaptd.decoding.capture import CaptureConfig, Round, RoundPacker, Words
+from adaptd.decoding.prefill import Prefill, round_up
 from adaptd.decoding.recall import RecallRound, observe_trace
 from adaptd.decoding.request import DecodeRequest, Delta, Detokenize, Finished, FinishReason
 from adaptd.decoding.row import Row
@@ -34,9 +34,6 @@ from adaptd.decoding.sampling import RowParams, choose, warp
 from adaptd.decoding.verify import verify_greedy, verify_sampled
 from adaptd.errors import ContextLengthExceeded, Overloaded
 from policies.recall import Recall
-
-#: Cache positions seen by a pass are rounded up to a multiple of this, so that shapes repeat.
-LENGTH_STEP = 32
 
 
 class SpeculativeDecoder:
@@ -52,7 +49,8 @@ class SpeculativeDecoder:
       detokenize: token ids to text; None: no text, and no stop strings.
       capture: what to keep for traces; None keeps nothing.
       recall: what was served before, mixed into the proposals and fed from the captured answers; None: the draft alone.
-      prefill_tokens: prompt tokens read a step, over all rows that join together.
+      prefill_tokens: most prompt tokens read a step, over all rows that join together.
+      prefix_caching: whether the target reads again what another prompt began with as well.
       draft_version: version of the draft's weights; its owner sets the attribute after a swap.
       clock: unix seconds, for `Trace.created_at`.
     Raises: ValueError: a number is out of range, or a model cannot be decoded this way.
@@ -71,6 +69,7 @@ class SpeculativeDecoder:
         capture: CaptureConfig | None = None,
         recall: Recall | None = None,
         prefill_tokens: int = 1024,
+        prefix_caching: bool = True,
         draft_version: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -85,9 +84,9 @@ class SpeculativeDecoder:
         self.k, self.max_batch, self.max_length = k, max_batch, max_length
         self.eos_ids = frozenset(eos_ids)
         self.draft_version = draft_version
-        self._detokenize, self._prefill_tokens, self._clock = detokenize, prefill_tokens, clock
+        self._detokenize, self._clock = detokenize, clock
         # A round of a row one token short of the end writes up to k positions behind it.
-        capacity = _round_up(max_length + k)
+        capacity = round_up(max_length + k)
         self._target = ModelRunner(target, slots=max_batch, capacity=capacity, max_length=max_length)
         self._draft = ModelRunner(draft, slots=max_batch, capacity=capacity, max_length=max_length)
         self.vocab_size = self._target.vocab_size
@@ -96,10 +95,14 @@ class SpeculativeDecoder:
         self._recall = None if recall is None else RecallRound(recall, capacity, self.device)
         self._offsets = torch.arange(-2, k, device=self.device)
         self._rows: list[Row] = []
-        self._joining: list[Row] = []
-        self._joining_done = 0
-        self._waiting: deque[Row] = deque()
-        self._joining_slot = 0
+        self._prefill = Prefill(
+            self._target,
+            self._draft,
+            self._known_to_draft,
+            slots=max_batch,
+            tokens=prefill_tokens,
+            reuse=prefix_caching,
+        )
         self.rounds = 0
         """Rounds so far, each over all active rows."""
         # Device-side state of the active rows; `_rebuild` fills it when rows have joined or left.
@@ -114,7 +117,7 @@ class SpeculativeDecoder:
     @property
     def active(self) -> int:
         """Requests that have been added and have not ended."""
-        return len(self._rows) + len(self._joining) + len(self._waiting)
+        return len(self._rows) + len(self._prefill)
 
     @property
     def recalled(self) -> int:
@@ -154,7 +157,7 @@ class SpeculativeDecoder:
         self.check(request)
         if not self.can_add():
             raise Overloaded(f"all {self.max_batch} slots are taken; wait for one to leave")
-        self._waiting.append(Row(request, self._detokenize))
+        self._prefill.waiting.append(Row(request, self._detokenize))
 
     def abort(self, request_id: str) -> Finished | None:
         """Ends a request now; None if it is not here. Its tokens so far come back, its trace does not."""
@@ -162,14 +165,14 @@ class SpeculativeDecoder:
             if row.request.request_id == request_id:
                 self._remove({at})
                 return self._finished(row, "abort")
-        for row in self._joining:
+        for row in self._prefill.group:
             if row.request.request_id == request_id and not row.aborted:
                 # Its slot is between others that are being filled; it is dropped when they become active.
                 row.aborted = True
                 return self._finished(row, "abort")
-        for row in self._waiting:
+        for row in self._prefill.waiting:
             if row.request.request_id == request_id:
-                self._waiting.remove(row)
+                self._prefill.waiting.remove(row)
                 return self._finished(row, "abort")
         return None
 
@@ -181,17 +184,20 @@ class SpeculativeDecoder:
 
         Returns: one Delta a row that was active; the last one of a request carries its `Finished`.
         """
-        self._prefill()
+        self._activate(*self._prefill.step(self._rows))
         if not self._rows:
             return []
         if self._stale:
             self._rebuild()
-        return self._commit(self._play())
+        started = time.perf_counter()
+        words = self._play()
+        self._prefill.played(time.perf_counter() - started)
+        return self._commit(words)
 
     def _play(self) -> Words:
         """Propose, verify, advance: everything on the device; returns the round's words on the host."""
         k, params = self.k, self._params
-        length = _round_up(max(len(row.tokens) for row in self._rows) + k)
+        length = round_up(max(len(row.tokens) for row in self._rows) + k)
         # A row with one token has no token before it: it feeds that one twice, at the same place.
         positions = (self._n[:, None] + self._offsets).clamp_(min=0)
         target_masks = self._target.masks(positions, length)
@@ -277,55 +283,19 @@ class SpeculativeDecoder:
             stats=row.stats(self.k),
             trace=trace,
             prompt_tokens=row.prompt_len,
+            cached_tokens=row.cached,
         )
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
-    def _prefill(self) -> None:
-        """Reads the next chunk of the joining prompts into both caches; rows that are through become active.
-
-        The rows of a group are sorted by length and lie behind the active rows, so that the shortest, which is ready
-        first, is the next one to become active. Positions < n-1 are read: a round feeds the last token itself.
-        """
-        if not self._joining:
-            if not self._waiting:
-                return
-            self._joining = sorted(self._waiting, key=lambda row: row.prompt_len)
-            self._waiting.clear()
-            self._joining_done = 0
-            self._joining_slot = len(self._rows)
-        wanted = self._joining[-1].prompt_len - 1
-        if wanted > self._joining_done:
-            start = self._joining_done
-            stop = min(wanted, start + max(1, self._prefill_tokens // len(self._joining)))
-            self._read(self._joining, start, stop)
-            self._joining_done = stop
-        ready = 0
-        while ready < len(self._joining) and self._joining[ready].prompt_len - 1 <= self._joining_done:
-            ready += 1
-        self._activate(ready)
-
-    def _read(self, rows: Sequence[Row], start: int, stop: int) -> None:
-        """Writes positions start .. stop - 1 of joining rows; shorter ones write padding behind their end."""
-        width, chunks = stop - start, [row.tokens[start:stop] for row in rows]
-        padded = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self.device)
-        positions = torch.arange(start, stop, device=self.device).expand(len(chunks), width)
-        length = _round_up(stop)
-        self._draft.open_to(rows)
-        for runner, tokens in ((self._target, padded), (self._draft, self._known_to_draft(padded))):
-            masks = runner.masks(positions, length)
-            runner.forward(tokens, positions, masks, self._joining_slot, length, last_only=True)
-
-    def _activate(self, count: int) -> None:
-        """Lets the first `count` joining rows play, closing the gaps that rows have left meanwhile."""
-        group, self._joining = self._joining[:count], self._joining[count:]
+    def _activate(self, rows: Sequence[Row], first: int) -> None:
+        """Lets rows whose prompts are read, in slots from `first` on, play, closing the gaps that rows have left meanwhile."""
         moves = []
-        for slot, row in enumerate(group, self._joining_slot):
+        for slot, row in enumerate(rows, first):
             if not row.aborted:
                 moves.append((slot, len(self._rows)))
                 self._rows.append(row)
                 self._stale = True
-        self._joining_slot += count
         self._move(moves)
 
     def _remove(self, leaving: Collection[int]) -> None:
@@ -336,6 +306,8 @@ class SpeculativeDecoder:
         gaps = [at for at in leaving if at < left]
         fillers = [at for at in range(left, len(rows)) if at not in leaving]
         moves = list(zip(fillers, gaps, strict=True))
+        for slot in (*leaving, *fillers):
+            self._prefill.left(slot, rows[slot])
         for source, destination in moves:
             rows[destination] = rows[source]
         del rows[left:]
@@ -390,7 +362,3 @@ class SpeculativeDecoder:
         if self._draft.vocab_size >= self.vocab_size:
             return tokens
         return tokens.clamp(max=self._draft.vocab_size - 1)
-
-
-def _round_up(length: int) -> int:
-    return -(-length // LENGTH_STEP) * LENGTH_STEP

@@ -116,6 +116,8 @@ class Finished:
     stats: RequestStats
     trace: Trace | None
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of them, those that the target had read for another prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ class Row:
         "_features",
         "aborted",
         "accepted",
+        "cached",
         "generator",
         "last_emitted",
         "prompt_len",
@@ -46,6 +47,7 @@ class Row:
         self.last_emitted = 0
         self.version_min = self.version_max = -1
         self.aborted = False
+        self.cached = 0  # tokens of the prompt that the target had read for another one
         self._features: Tensor | None = None
 
     def prompt_features(self, compute: Callable[[Sequence[Sequence[int]]], Tensor]) -> Tensor:

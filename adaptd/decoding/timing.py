@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from adaptd.decoding.engine import LENGTH_STEP, SpeculativeDecoder
+from adaptd.decoding.engine import SpeculativeDecoder
+from adaptd.decoding.prefill import round_up
 from adaptd.decoding.request import DecodeRequest, SamplingParams
 from adaptd.decoding.row import Row
 
@@ -68,13 +69,14 @@ def measure(engine: SpeculativeDecoder, clock: Callable[[], float] = time.perf_c
         if engine.active:
             return None
         length = min(_IDLE_LENGTH, engine.max_length - 1)
+        engine._prefill.forget(0)  # that row's passes write there
         rows = [Row(DecodeRequest("calibration", (0,) * length, SamplingParams(max_tokens=1)), None)]
     k, device = engine.k, engine.device
     n = torch.tensor([len(row.tokens) for row in rows], device=device)
     # A round feeds the last known token at n-1 and its proposals behind it; which tokens they are costs nothing.
     positions = n[:, None] + torch.arange(-1, k, device=device)
     tokens = torch.tensor([[row.tokens[-1]] * (k + 1) for row in rows], device=device)
-    length = -(-(max(len(row.tokens) for row in rows) + k) // LENGTH_STEP) * LENGTH_STEP
+    length = round_up(max(len(row.tokens) for row in rows) + k)
 
     def timed(drafting: bool, first: int, last: int) -> float:
         runner = engine._draft if drafting else engine._target

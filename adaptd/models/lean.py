@@ -20,6 +20,8 @@ from adaptd.models.packed import Packed, PackedLinear
 
 #: Architectures whose layer is: norm, attention with rotary positions, add, norm, feed-forward, add.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+#: Names of the activation x sigmoid(x) as a module.
+_SILU = ("SiLU", "SiLUActivation")
 #: Rotary positions that are a table, whatever the length of the sequence.
 _TABLES = ("default", "linear", "llama3", "yarn")
 

@@ -118,10 +118,16 @@ class Answer:
     def _event(self, choices: list[dict[str, Any]], extra: dict[str, Any]) -> bytes:
         return event({**self._head, "object": self._dialect.chunk_object, "choices": choices, **extra})
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         prompt = sum(choice.usage.prompt_tokens for choice in self._choices[:: self._per_prompt])
         completion = sum(choice.usage.completion_tokens for choice in self._choices)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        cached = sum(choice.usage.cached_tokens for choice in self._choices[:: self._per_prompt])
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
     @staticmethod
     def _stats(choices: Sequence[Choice]) -> dict[str, Any] | None:

@@ -62,6 +62,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens that had been read for another request."""
 
 
 @dataclass(frozen=True, slots=True)
