@@ -27,7 +27,7 @@ from adaptd.decoding.runner import ModelRunner
 #: Cache positions seen by a pass are rounded up to a multiple of this, so that shapes repeat.
 LENGTH_STEP = 32
 #: Rounds that one chunk may take while others are answered.
-STALL = 1.0
+STALL = 2.0
 #: Shortest chunk for the sake of the others: shorter ones read weights for hardly anything.
 _LEAST_CHUNK = 16
 #: Weight of a new measurement in the running mean.

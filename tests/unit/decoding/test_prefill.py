@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adaptd.decoding.engine import SpeculativeDecoder
-from adaptd.decoding.prefill import SlotTokens
+from adaptd.decoding.prefill import STALL, SlotTokens
 from adaptd.decoding.request import DecodeRequest, SamplingParams
 from adaptd.decoding.timing import measure
 from tests.unit.decoding.tiny import greedy_reference, make_draft, make_model, make_prompts, serve
@@ -116,7 +116,7 @@ def test_it_can_be_turned_off() -> None:
     assert done["b"].cached_tokens == 0
 
 
-def test_a_long_prompt_is_read_in_the_time_of_a_round_while_others_are_answered() -> None:
+def test_a_long_prompt_is_read_in_the_time_of_a_few_rounds_while_others_are_answered() -> None:
     """A clock that moves by one for each position the target reads, and by eight for a round."""
     engine = engine_with(max_length=256, prefix_caching=False)
     now = [0.0]
@@ -138,7 +138,7 @@ def test_a_long_prompt_is_read_in_the_time_of_a_round_while_others_are_answered(
     engine.add(greedy("first", SYSTEM, 40))
     engine.step()
     for _ in range(60):
-        engine._prefill.played(40.0)
+        engine._prefill.played(40.0 / STALL)
     chunks.clear()
     engine.add(greedy("long", long, 1))
     engine.step()
