@@ -43,6 +43,8 @@ class EngineConfig(Section):
     """`auto`: bfloat16 on CUDA, float32 on CPU."""
     threads: int = Field(1, ge=1)
     """CPU threads of one decoder."""
+    cuda_graphs: bool = True
+    """Capture the passes of a round as CUDA graphs, a few shapes of each; has no meaning on a CPU."""
     calibrate: bool = True
     """Time the models' passes at start, at each new size of batch and every 10 minutes: about three rounds each."""
 

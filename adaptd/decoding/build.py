@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from adaptd.config import Config
 from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
+from adaptd.decoding.graphs import cuda_graph
 from adaptd.decoding.loop import DecodeLoop
 from adaptd.models.packed import pack_linears
 from policies.recall import Recall
@@ -46,6 +47,7 @@ def build_engine(
     def detokenize(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    device = next(target.parameters()).device
     context = min(int(m.config.max_position_embeddings) for m in (target, draft))
     c = config.capture
     return SpeculativeDecoder(
@@ -56,6 +58,7 @@ def build_engine(
         max_length=min(config.engine.max_length, context),
         prefill_tokens=config.engine.prefill_tokens,
         prefix_caching=config.engine.prefix_caching,
+        capture_passes=cuda_graph if config.engine.cuda_graphs and device.type == "cuda" else None,
         eos_ids=eos_ids(target, tokenizer),
         detokenize=detokenize,
         capture=CaptureConfig(
@@ -70,7 +73,7 @@ def build_engine(
         if capture
         else None,
         # Without capture nothing would ever be remembered, and what is measured is the draft alone.
-        recall=build_recall(config, next(target.parameters()).device) if capture else None,
+        recall=build_recall(config, device) if capture else None,
     )
 
 

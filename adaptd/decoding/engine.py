@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptd.decoding.capture import CaptureConfig, Round, RoundPacker, Words
-from adaptd.decoding.prefill import Prefill, round_up
+from adaptd.decoding.graphs import Capture
+from adaptd.decoding.prefill import Prefill
 from adaptd.decoding.recall import RecallRound, observe_trace
 from adaptd.decoding.request import DecodeRequest, Delta, Detokenize, Finished, FinishReason
 from adaptd.decoding.row import Row
@@ -33,6 +34,7 @@ from adaptd.decoding.runner import ModelRunner, columns
 from adaptd.decoding.sampling import RowParams, choose, warp
 from adaptd.decoding.verify import verify_greedy, verify_sampled
 from adaptd.errors import ContextLengthExceeded, Overloaded
+from adaptd.models.cache import round_up
 from policies.recall import Recall
 
 
@@ -50,7 +52,8 @@ class SpeculativeDecoder:
       capture: what to keep for traces; None keeps nothing.
       recall: what was served before, mixed into the proposals and fed from the captured answers; None: the draft alone.
       prefill_tokens: most prompt tokens read a step, over all rows that join together.
-      prefix_caching: whether the target reads again what another prompt began with as well.
+      prefix_caching: whether what a prompt has in common with an earlier one is not read again by the target.
+      capture_passes: how the passes of a round are captured (`adaptd.decoding.graphs`); None: they are not.
       draft_version: version of the draft's weights; its owner sets the attribute after a swap.
       clock: unix seconds, for `Trace.created_at`.
     Raises: ValueError: a number is out of range, or a model cannot be decoded this way.
@@ -70,6 +73,7 @@ class SpeculativeDecoder:
         recall: Recall | None = None,
         prefill_tokens: int = 1024,
         prefix_caching: bool = True,
+        capture_passes: Capture | None = None,
         draft_version: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -87,8 +91,10 @@ class SpeculativeDecoder:
         self._detokenize, self._clock = detokenize, clock
         # A round of a row one token short of the end writes up to k positions behind it.
         capacity = round_up(max_length + k)
-        self._target = ModelRunner(target, slots=max_batch, capacity=capacity, max_length=max_length)
-        self._draft = ModelRunner(draft, slots=max_batch, capacity=capacity, max_length=max_length)
+        self._target, self._draft = (
+            ModelRunner(m, slots=max_batch, capacity=capacity, max_length=max_length, capture=capture_passes)
+            for m in (target, draft)
+        )
         self.vocab_size = self._target.vocab_size
         self._packer = RoundPacker(k, min(self._target.vocab_size, self._draft.vocab_size), capture)
         self.device = self._target.device
@@ -216,6 +222,7 @@ class SpeculativeDecoder:
                 0,
                 length,
                 last_only=True,
+                of_round=True,
             )
             logits = self._like_target(logits[:, 0])
             if self._recall is None:
@@ -231,7 +238,7 @@ class SpeculativeDecoder:
 
         fed = torch.cat((self._last_two[:, 1:], proposals), 1)
         logits = self._target.forward(
-            fed, positions[:, 1:], columns(target_masks, 1, k + 2), 0, length, last_only=False
+            fed, positions[:, 1:], columns(target_masks, 1, k + 2), 0, length, last_only=False, of_round=True
         )
         p = None
         if not params.any_sampled:

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from adaptd.decoding.row import Row
 from adaptd.decoding.runner import ModelRunner
+from adaptd.models.cache import round_up
 
-#: Cache positions seen by a pass are rounded up to a multiple of this, so that shapes repeat.
-LENGTH_STEP = 32
 #: Rounds that one chunk may take while others are answered.
 STALL = 2.0
 #: Shortest chunk for the sake of the others: shorter ones read weights for hardly anything.
@@ -174,11 +173,6 @@ class Prefill:
         length = round_up(stop)
         tokens = self._to_draft(padded) if runner is self._draft else padded
         runner.forward(tokens, positions, runner.masks(positions, length), self.slot, length, last_only=True)
-
-
-def round_up(length: int) -> int:
-    """To a multiple of `LENGTH_STEP`."""
-    return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from adaptd.decoding.graphs import Capture, GraphedPasses
 from adaptd.decoding.row import Row
 from adaptd.models.cache import RaggedCache, additive_mask, attention_windows, prepare_attention
 from adaptd.models.lean import LeanDecoder, can_run
@@ -23,10 +24,13 @@ class ModelRunner:
       slots: rows of the cache.
       capacity: positions a row.
       max_length: longest sequence decoded.
+      capture: how passes of a round are captured; None: they are run anew each time (as where the model is not `lean`).
     Raises: ValueError: the model has fewer positions than `max_length`, or state that cannot be rolled back.
     """
 
-    def __init__(self, model: nn.Module, *, slots: int, capacity: int, max_length: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, slots: int, capacity: int, max_length: int, capture: Capture | None = None
+    ) -> None:
         config = cast(Any, model).config
         text = config.get_text_config(decoder=True)
         limit = getattr(text, "max_position_embeddings", None)
@@ -40,14 +44,19 @@ class ModelRunner:
         self.device: torch.device = embedding.device
         self.dtype: torch.dtype = embedding.dtype
         self.windows = attention_windows(config, max_length)
-        self.cache = RaggedCache(int(text.num_hidden_layers), slots, capacity, self.device)
+        self._lean = LeanDecoder(model, max_length) if can_run(model) else None
+        if self._lean is None:
+            capture = None
+        self.cache = RaggedCache(int(text.num_hidden_layers), slots + (capture is not None), capacity, self.device)
+        self.graphs: GraphedPasses | None = None
+        if self._lean is not None and capture is not None:
+            self.graphs = GraphedPasses(model, self._lean, self.cache, int(text.num_key_value_heads), capture)
         self._last_position = max_length - 1
         self._gate = request_gate(model)
         self._openness: Tensor | None = None
         self._about: tuple[tuple[Row, ...], frozenset[str]] = ((), frozenset())
         self._known: tuple[Tensor, Tensor]
         self._keep_last = {"logits_to_keep": 1} if _takes_logits_to_keep(model) else {}
-        self._lean = LeanDecoder(model, max_length) if can_run(model) else None
 
     def masks(self, positions: Tensor, length: int) -> dict[str, Tensor]:
         """The model's masks for queries at `positions` [B, Q] over `length` cache positions, [B, 1, Q, length] each."""
@@ -77,6 +86,7 @@ class ModelRunner:
         length: int,
         *,
         last_only: bool,
+        of_round: bool = False,
     ) -> Tensor:
         """One pass that writes the cache.
 
@@ -87,11 +97,14 @@ class ModelRunner:
           first: first row.
           length: cache positions seen.
           last_only: only the last position's logits are needed.
+          of_round: a pass over all active rows whose shape comes again and again, worth capturing.
         Returns: logits [B, Q, V], or [B, 1, V] if only the last are needed; float32.
         """
-        self.cache.point(first, positions, length)
         # Surplus positions behind the context's end are computed and thrown away; no table has them.
-        positions = positions.clamp(max=self._last_position)
+        writes, positions = positions, positions.clamp(max=self._last_position)
+        if of_round and self.graphs is not None and self.graphs.ready:
+            return self.graphs(tokens, positions, writes, masks, length, self._openness, last_only=last_only)
+        self.cache.point(first, writes, length)
         with conditioned(self.model, self._openness):
             if self._lean is not None:
                 logits = self._lean(tokens, positions, masks, self.cache, last_only=last_only)

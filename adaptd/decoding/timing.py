@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from adaptd.decoding.engine import SpeculativeDecoder
-from adaptd.decoding.prefill import round_up
 from adaptd.decoding.request import DecodeRequest, SamplingParams
 from adaptd.decoding.row import Row
+from adaptd.models.cache import round_up
 
 #: Passes of each kind of which the fastest counts: what else the machine does only ever adds.
 _REPEATS = 3
@@ -88,7 +88,15 @@ def measure(engine: SpeculativeDecoder, clock: Callable[[], float] = time.perf_c
         for attempt in range(_REPEATS + 1):  # the first warms up
             _wait_for(device)
             started = clock()
-            runner.forward(fed[:, first:last], positions[:, first:last], masks, 0, length, last_only=last - first == 1)
+            runner.forward(
+                fed[:, first:last],
+                positions[:, first:last],
+                masks,
+                0,
+                length,
+                last_only=last - first == 1,
+                of_round=True,
+            )
             _wait_for(device)
             if attempt:
                 best = min(best, clock() - started)

@@ -25,6 +25,8 @@ from transformers.masking_utils import sdpa_mask
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 GROUPED_SDPA = "adaptd_grouped_sdpa"
+#: Cache positions seen by a pass are rounded up to a multiple of this, so that shapes repeat.
+LENGTH_STEP = 32
 #: Attention kernels that take an explicit additive mask.
 MASKED_KERNELS = ("eager", "sdpa", GROUPED_SDPA)
 
@@ -112,17 +114,25 @@ class RaggedCache(Cache):
         self._positions = positions
         self._index = {}
 
+    def aim(self, rows: int, length: int, index: dict[int, Tensor]) -> None:
+        """As `point`, for rows [0, rows) that write where `index` says, by the number of key-value heads."""
+        self.first, self.last, self.length = 0, rows, length
+        self._index = index
+
     def index_for(self, heads: int) -> Tensor:
         """Rows of the flattened store that the current pass writes, int64 [B * heads * Q]; shared by all layers."""
         index = self._index.get(heads)
         if index is None:
-            base = self._row_base.get(heads)
-            if base is None:
-                rows = torch.arange(self.slots * heads, device=self._device) * self.capacity
-                base = self._row_base[heads] = rows.view(self.slots, heads, 1)
-            index = (base[self.first : self.last] + self._positions[:, None, :]).reshape(-1)
-            self._index[heads] = index
+            index = self._index[heads] = self.index_of(slice(self.first, self.last), self._positions, heads)
         return index
+
+    def index_of(self, slots: slice | Tensor, positions: Tensor, heads: int) -> Tensor:
+        """Rows of the flattened store at `positions` [B, Q] of those slots, int64 [B * heads * Q]."""
+        base = self._row_base.get(heads)
+        if base is None:
+            rows = torch.arange(self.slots * heads, device=self._device) * self.capacity
+            base = self._row_base[heads] = rows.view(self.slots, heads, 1)
+        return (base[slots] + positions[:, None, :]).reshape(-1)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -145,6 +155,11 @@ class RaggedCache(Cache):
         layers = (cast(RaggedLayer, layer) for layer in self.layers)
         stores = (store for layer in layers for store in (layer.keys, layer.values) if store is not None)
         return sum(store.numel() * store.element_size() for store in stores)
+
+
+def round_up(length: int) -> int:
+    """Cache positions that a pass over `length` of them sees."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 def additive_mask(positions: Tensor, length: int, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -32,10 +32,10 @@ def counted(engine: SpeculativeDecoder) -> list[int]:
     found: list[int] = []
     forward = engine._target.forward
 
-    def counting(tokens: torch.Tensor, *args: Any, last_only: bool) -> torch.Tensor:
-        if last_only:
+    def counting(tokens: torch.Tensor, *args: Any, of_round: bool = False, **options: Any) -> torch.Tensor:
+        if not of_round:
             found.append(tokens.numel())
-        return forward(tokens, *args, last_only=last_only)
+        return forward(tokens, *args, **options)
 
     engine._target.forward = counting  # type: ignore[method-assign]
     return found
@@ -124,11 +124,11 @@ def test_a_long_prompt_is_read_in_the_time_of_a_few_rounds_while_others_are_answ
     forward = engine._target.forward
     chunks: list[int] = []
 
-    def timed(tokens: torch.Tensor, *args: Any, last_only: bool) -> torch.Tensor:
-        if last_only:
+    def timed(tokens: torch.Tensor, *args: Any, of_round: bool = False, **options: Any) -> torch.Tensor:
+        if not of_round:
             now[0] += tokens.numel()
             chunks.append(tokens.numel())
-        return forward(tokens, *args, last_only=last_only)
+        return forward(tokens, *args, **options)
 
     engine._target.forward = timed  # type: ignore[method-assign]
     long = make_prompts(1, VOCAB, shortest=120, longest=120)[0]
