@@ -1,18 +1,19 @@
 """Fixed draft lengths against the chosen one: the same prompts, decoded in turns, at the cost of a large target.
 
     python benchmarks/depth.py                     k 1 to 8, medical and tools, about half an hour on two cores
-    python benchmarks/depth.py --prompts 4 --depths 1,2,4,8
+    python benchmarks/depth.py --prompts 4,2 --depths 1,2,4,8
 
 The target is the pocket one inflated to 0.2 billion parameters, written once to the deployment's folder. The draft knows
 medical traffic and has never met tools. Every prompt is continued by every decoder before the next one, in an order that
 turns; decoding is greedy, so all have the same tokens to find. The decoder that chooses serves both domains alternately
 and first has some prompts of each to itself (`--warm`). Prints tokens a second, MAL, the mean k of what is proposed, and
-the chosen one's rate over that of the best fixed k.
+the chosen one's rate over that of the best fixed k. Interrupted, it prints what it has.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import time
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument(
         "--depths", default="1,2,3,4,5,6,7,8", help="fixed k, the largest is also the chosen one's limit"
     )
-    parser.add_argument("--prompts", type=int, default=12, help="of each domain")
+    parser.add_argument("--prompts", default="24,12", help="medical and tools; these take three times as long")
     parser.add_argument("--warm", type=int, default=12, help="of each domain, for the decoder that chooses")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--parameters", type=int, default=200_000_000, help="of the target; 0: as it is")
@@ -100,14 +101,18 @@ def main() -> None:
 
     found: dict[str, dict[str, Sums]] = {domain: {} for domain in DOMAINS}
     names = [*engines, PLAIN]
-    for at, domain in itertools.product(range(options.prompts), DOMAINS):
-        ids, turn, answers = prompts[domain][at], at % len(names), set()
-        for name in names[turn:] + names[:turn]:
-            sums = found[domain].setdefault(name, Sums())
-            play(engines.get(name), plain, ids, domain, options.tokens, sums, answers)
-        if len(answers) > 1:
-            print(f"{domain} prompt {at}: the decoders disagree on the most likely token somewhere")
-    for domain in DOMAINS:
+    counts = dict(zip(DOMAINS, map(int, options.prompts.split(",")), strict=True))
+    with contextlib.suppress(KeyboardInterrupt):
+        for at, domain in itertools.product(range(max(counts.values())), DOMAINS):
+            if at >= counts[domain]:
+                continue
+            ids, turn, answers = prompts[domain][at], at % len(names), set()
+            for name in names[turn:] + names[:turn]:
+                sums = found[domain].setdefault(name, Sums())
+                play(engines.get(name), plain, ids, domain, options.tokens, sums, answers)
+            if len(answers) > 1:
+                print(f"{domain} prompt {at}: the decoders disagree on the most likely token somewhere")
+    for domain in (domain for domain in DOMAINS if len(found[domain]) == len(names)):
         show(domain, found[domain], [f"k = {k}" for k in depths])
     print(f"chosen at the end: {policy.chosen}; {policy.trials} trial rounds; acceptance by depth:")
     for domain in DOMAINS:
