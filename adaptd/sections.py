@@ -26,7 +26,9 @@ class EngineConfig(Section):
     decoders: int = Field(1, ge=1)
     """Decoder actors."""
     k: int = Field(4, ge=1, le=16)
-    """Tokens the draft proposes a round."""
+    """Tokens the draft proposes a round; with `draft_length: auto`, at most."""
+    draft_length: Literal["fixed", "auto"] = "fixed"
+    """`fixed`: always `k`; `auto`: 0 to `k`, whatever is fastest by domain, from measured acceptance and times (native)."""
     max_batch: int = Field(8, ge=1)
     """Requests decoded together by one decoder."""
     max_length: int = Field(512, ge=16)
@@ -47,6 +49,15 @@ class EngineConfig(Section):
     """Capture the passes of a round as CUDA graphs, a few shapes of each; has no meaning on a CPU."""
     calibrate: bool = True
     """Time the models' passes at start, at each new size of batch and every 10 minutes: about three rounds each."""
+
+    @model_validator(mode="after")
+    def _chooses_for_itself(self) -> EngineConfig:
+        if self.kind == "vllm" and self.draft_length == "auto":
+            raise ValueError(
+                "draft_length ('auto') is the native engine's: a vLLM server drafts what it was started with; "
+                "leave it at 'fixed'"
+            )
+        return self
 
 
 class UpstreamConfig(Section):

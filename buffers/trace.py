@@ -32,7 +32,7 @@ class Source(IntEnum):
 
     CORRECTION = 0  # drawn by the target after it rejected a proposal
     ACCEPTED = 1  # proposed by the draft and accepted
-    BONUS = 2  # drawn by the target after all k proposals were accepted
+    BONUS = 2  # drawn by the target after all proposals were accepted, or where there were none
     UNKNOWN = 3  # the engine did not say
 
 

@@ -28,8 +28,8 @@ class Costs:
             if not (value >= 0.0 and math.isfinite(value)):
                 raise ValueError(f"{name} ({value}) must be finite and at least 0, in target steps")
 
-    def round(self, k: int) -> float:
-        """Price of a round with k proposals, in target steps: the MAL at which speculation breaks even.
+    def round(self, k: float) -> float:
+        """Price of a round with k proposals, or k on average, in target steps: the MAL at which speculation breaks even.
 
         Raises: ValueError: k below 0.
         """
@@ -39,12 +39,12 @@ class Costs:
         return 1.0 + k * self.draft + self.verify if k else 1.0
 
 
-def expected_speedup(mal: float, k: int, costs: Costs) -> float:
+def expected_speedup(mal: float, k: float, costs: Costs) -> float:
     """Tokens a second with speculation over tokens a second without; below 1 speculation costs time.
 
     Args:
       mal: mean acceptance length, within [1, k + 1].
-      k: proposals a round.
+      k: proposals a round; a mean where they differ.
 
     Raises: ValueError: mal outside [1, k + 1] or NaN.
     """

@@ -13,7 +13,7 @@ from typing import Any
 from adaptd.app.daemon import Daemon
 from adaptd.app.sidecar import SidecarDaemon
 from adaptd.config import load
-from adaptd.decoding.loop import LoopStats
+from adaptd.decoding.loop_stats import LoopStats
 from adaptd.report import economics
 from adaptd.report.monitor import Finished, Monitor
 from adaptd.sidecar.load import Load
@@ -213,6 +213,20 @@ def native(home: Path, now: float) -> Daemon:
     _dress(daemon, now)
     daemon.pool = _Pool(now)  # type: ignore[assignment]
     daemon.serving = True
+    return daemon
+
+
+def choosing(home: Path, now: float) -> Daemon:
+    """As `native`, with decoders that choose their draft's length."""
+    daemon = native(home, now)
+    known = daemon.pool.status
+
+    async def status() -> list[dict[str, Any]]:
+        (decoder,) = await known()
+        lengths = ({"math": 0, "medical": 3}, {"math": 0, "medical": 4})
+        return [{**decoder, "engine": decoder["engine"] | {"draft_lengths": chosen}} for chosen in lengths]
+
+    daemon.pool.status = status  # type: ignore[method-assign]
     return daemon
 
 

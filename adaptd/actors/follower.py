@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from adaptd import events
-from adaptd.decoding.loop import DecodeLoop, SwapResult
+from adaptd.decoding.loop import DecodeLoop
+from adaptd.decoding.loop_stats import SwapResult
 from adaptd.learning.cycle import Identity
 from adaptd.log import logger
 from adaptd.models.scope import AdaptedDraft

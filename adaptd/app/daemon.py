@@ -100,6 +100,7 @@ class Daemon(Adaptation):
                 reached_at=stats.reached_at,
                 accepted_at=stats.accepted_at,
                 draft_version=stats.draft_version_max,
+                share_at_k=stats.share_at_k,
             )
         )
 

@@ -144,6 +144,11 @@ def _economics(found: dict[str, Any]) -> Iterator[Metric]:
     ):
         if found[key] is not None:
             yield _gauge(f"adaptd_{name}", text, found[key])
+    if lengths := found.get("draft_lengths"):
+        family = GaugeMetricFamily("adaptd_draft_length", "Tokens the draft proposes a round now.", labels=["domain"])
+        for domain, k in lengths.items():
+            family.add_metric([domain], k)
+        yield family
     if found["pays"] is not None:
         yield _gauge(
             "adaptd_speculation_pays", "1 if speculation saves time at the present load.", float(found["pays"])

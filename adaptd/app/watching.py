@@ -98,9 +98,9 @@ class Watching:
 
     def observe(self, item: Finished) -> None:
         """Count a finished request; called in the event loop."""
-        if not item.proposed:
+        if item.share is None:
             return
-        found = self._chain.observe(item.draft_version, item.domain, min(1.0, item.accepted / item.proposed))
+        found = self._chain.observe(item.draft_version, item.domain, item.share)
         if isinstance(found, Confirmed):
             self.counts["confirmed"] += 1
             self._settled = found.version

@@ -14,6 +14,7 @@ from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.graphs import cuda_graph
 from adaptd.decoding.loop import DecodeLoop
 from adaptd.models.packed import pack_linears
+from policies.draft_length import DraftLength
 from policies.recall import Recall
 
 
@@ -40,6 +41,7 @@ def build_engine(
     *,
     capture: bool,
     target_id: str = "",
+    draft_length: DraftLength | None = None,
 ) -> SpeculativeDecoder:
     """The engine of one decoder. The target's linear layers are packed for the CPU in place (`pack_linears`)."""
     pack_linears(target, rows=config.engine.k + 1)
@@ -74,6 +76,7 @@ def build_engine(
         else None,
         # Without capture nothing would ever be remembered, and what is measured is the draft alone.
         recall=build_recall(config, device) if capture else None,
+        draft_length=draft_length,
     )
 
 
@@ -81,5 +84,6 @@ def build_loop(
     config: Config, target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target_id: str
 ) -> DecodeLoop:
     """The engine in its thread."""
-    engine = build_engine(config, target, draft, tokenizer, capture=True, target_id=target_id)
+    length = DraftLength(config.engine.k) if config.engine.draft_length == "auto" else None
+    engine = build_engine(config, target, draft, tokenizer, capture=True, target_id=target_id, draft_length=length)
     return DecodeLoop(engine, max_queue=config.engine.max_queue, name=f"adaptd-decode-{os.getpid()}")

@@ -62,8 +62,8 @@ class Round:
 
     target_logits: Tensor
     """float32 [B, k+1, V]."""
-    draft_logits: Tensor
-    """float32 [B, k, V]."""
+    draft_logits: Tensor | None
+    """float32 [B, k, V]; None if k is 0."""
     p: Tensor | None
     """float32 [B, k+1, V], the served target distribution; None if every row is greedy."""
     proposals: Tensor
@@ -75,28 +75,30 @@ class Round:
 
 
 class RoundPacker:
-    """Packs rounds into int32 words [B, width] and unpacks the words of one request into a Trace."""
+    """Packs rounds into int32 words [B, width] and unpacks the words of one request into a Trace.
+
+    A round of fewer than k proposals is packed as it is and spread over the fields of a full one on the host.
+    """
 
     def __init__(self, k: int, vocab_size: int, config: CaptureConfig | None) -> None:
         self.k, self.config = k, config
-        self._at: dict[str, slice] = {}
-        self.width = 0
-        self._field("tokens", k + 1)
-        self._field("n_accepted", 1)
-        if config is None:
-            return
-        self.k_top, self.k_draft = min(config.k_top, vocab_size), min(config.k_draft, vocab_size)
-        self._judged = k + 1 if config.positions == "all" else 1
-        self._field("rejected", 1)
-        self._field("target_logprob", k + 1)
-        self._field("draft_logprob", k)
-        for name, size in (("topk", self._judged * self.k_top), ("draft_topk", self.k_draft)):
-            self._field(f"{name}_ids", size)
-            self._field(f"{name}_logprobs", size)
+        if config is not None:
+            self.k_top, self.k_draft = min(config.k_top, vocab_size), min(config.k_draft, vocab_size)
+        self._layouts = [self._layout(length) for length in range(k + 1)]
+        self._at = self._layouts[k]
+        self.width = list(self._at.values())[-1].stop
 
-    def _field(self, name: str, size: int) -> None:
-        self._at[name] = slice(self.width, self.width + size)
-        self.width += size
+    def _layout(self, k: int) -> dict[str, slice]:
+        """Where the fields of a round of k proposals lie."""
+        sizes = {"tokens": k + 1, "n_accepted": 1}
+        if self.config is not None:
+            best = self.k_top * (k + 1 if self.config.positions == "all" else 1)
+            believed = self.k_draft if k else 0
+            sizes |= {"rejected": int(k > 0), "target_logprob": k + 1, "draft_logprob": k}
+            sizes |= {"topk_ids": best, "topk_logprobs": best}
+            sizes |= {"draft_topk_ids": believed, "draft_topk_logprobs": believed}
+        stops = np.cumsum(list(sizes.values())).tolist()
+        return {name: slice(stop - size, stop) for (name, size), stop in zip(sizes.items(), stops, strict=True)}
 
     def pack(self, played: Round, params: RowParams, observe: bool) -> Words:
         """The round on the host, [B, width], or [B, k+2] if there is nothing to observe. The only copy of a round."""
@@ -104,31 +106,48 @@ class RoundPacker:
         if self.config is not None and observe:
             heads = torch.cat((heads, *self._observe(played, params)), dim=1)
         words: Words = heads.cpu().numpy()
-        return words
+        drafted = played.proposals.shape[1]
+        return words if drafted == self.k else self._spread(words, drafted)
+
+    def _spread(self, words: Words, drafted: int) -> Words:
+        """The words of a short round in the fields of a full one; what it has not is 0."""
+        layout = self._layouts[drafted]
+        observed = words.shape[1] > layout["n_accepted"].stop
+        wide = np.zeros((len(words), self.width if observed else self._at["n_accepted"].stop), np.int32)
+        for name, short in layout.items():
+            if short.stop <= words.shape[1]:
+                start = self._at[name].start
+                wide[:, start : start + short.stop - short.start] = words[:, short]
+        return wide
 
     def _observe(self, played: Round, params: RowParams) -> list[Tensor]:
         """The capture's columns in the order of their fields, int32 [B, *]."""
         rows = torch.arange(played.tokens.shape[0], device=played.tokens.device)
         # Row of the rejected proposal; where all were accepted, the last one stands in and is not read.
-        at = played.n_accepted.clamp(max=self.k - 1)
-        target, draft = played.target_logits, played.draft_logits
-        target_mass, draft_mass = target.logsumexp(-1), draft.logsumexp(-1)
+        k = played.proposals.shape[1]
+        at = played.n_accepted.clamp(max=max(0, k - 1))
+        target = played.target_logits
+        target_mass = target.logsumexp(-1)
         emitted = played.tokens[..., None]
         served = target.gather(2, emitted).squeeze(2) - target_mass
         if played.p is not None:
             warped = played.p.gather(2, emitted).squeeze(2).log()
             served = torch.where(params.greedy[:, None], served, warped) if params.any_greedy else warped
-        proposed = draft.gather(2, emitted[:, : self.k]).squeeze(2) - draft_mass
-        if self._judged == 1:
+        if self.config is not None and self.config.positions == "rejected":
             target, target_mass = target[rows, at][:, None], target_mass[rows, at][:, None]
         best = target.topk(self.k_top, dim=-1)
+        judged = [best.indices.flatten(1).int(), _bits((best.values - target_mass[..., None]).flatten(1))]
+        draft = played.draft_logits
+        if draft is None:
+            return [_bits(served), *judged]
+        draft_mass = draft.logsumexp(-1)
+        proposed = draft.gather(2, emitted[:, :k]).squeeze(2) - draft_mass
         believed = draft[rows, at].topk(self.k_draft, dim=-1)
         return [
             played.proposals[rows, at][:, None].int(),
             _bits(served),
             _bits(proposed),
-            best.indices.flatten(1).int(),
-            _bits((best.values - target_mass[..., None]).flatten(1)),
+            *judged,
             believed.indices.int(),
             _bits(believed.values - draft_mass[rows, at][:, None]),
         ]
@@ -138,6 +157,7 @@ class RoundPacker:
         request: DecodeRequest,
         tokens: Sequence[int],
         rounds: Sequence[Words],
+        drafted: Sequence[int],
         draft_version: int,
         created_at: float,
     ) -> Trace:
@@ -147,6 +167,7 @@ class RoundPacker:
           request: what was asked.
           tokens: prompt and the R response tokens really emitted; later positions of the last round are cut.
           rounds: the request's words, [width] a round, in order.
+          drafted: proposals of each round.
           draft_version: version to name as proposer.
           created_at: unix seconds.
         Raises: RuntimeError: this packer does not capture.
@@ -154,18 +175,18 @@ class RoundPacker:
         config = self.config
         if config is None:
             raise RuntimeError("assemble needs a CaptureConfig; this decoder was built with capture=None")
-        k, words = self.k, np.stack(rounds)
+        k, words, lengths = self.k, np.stack(rounds), np.asarray(drafted)[:, None]
         prompt_len = len(request.prompt_ids)
         size = len(tokens) - prompt_len
         n_accepted = words[:, self._at["n_accepted"]]
         column = np.arange(k + 1)
         valid = column <= n_accepted
         last = column == n_accepted
-        corrected = last & (n_accepted < k)
+        corrected = last & (n_accepted < lengths)
         source = np.where(last, np.where(corrected, Source.CORRECTION, Source.BONUS), Source.ACCEPTED)
         rejected = np.where(corrected, words[:, self._at["rejected"]], NO_TOKEN)
         draft_logprob = np.full(valid.shape, np.nan, np.float32)
-        draft_logprob[:, :k] = self._floats(words, "draft_logprob")
+        draft_logprob[:, :k] = np.where(column[:k] < lengths, self._floats(words, "draft_logprob"), np.nan)
         # Rounds that end in a correction, and where; the end of the answer may have cut the last one off.
         is_correction = corrected[valid][:size]
         rejected_at = np.flatnonzero(is_correction)

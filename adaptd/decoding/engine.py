@@ -9,6 +9,8 @@ Invariants
   same token is harmless, and so the shape of a round does not depend on how much was accepted. The target is fed the
   last token and the proposals at n-1 .. n+k-1.
 * Rolling back is nothing but a row's n: what a rejected proposal wrote lies behind it and is overwritten.
+* A round may have any k from 0 to the longest. Without proposals it is plain decoding: the draft does not run, its cache
+  falls behind by one position, and before the next proposals it reads what it has missed.
 * Active rows are slots [0, n_active); rows that are still reading their prompt follow them (`Prefill`). When a row leaves,
   the last active row is copied into its slot.
 * A round makes one device-to-host copy (`RoundPacker.pack`).
@@ -29,12 +31,13 @@ from adaptd.decoding.graphs import Capture
 from adaptd.decoding.prefill import Prefill
 from adaptd.decoding.recall import RecallRound, observe_trace
 from adaptd.decoding.request import DecodeRequest, Delta, Detokenize, Finished, FinishReason
-from adaptd.decoding.row import Row
+from adaptd.decoding.row import Row, draw_uniforms
 from adaptd.decoding.runner import ModelRunner, columns
-from adaptd.decoding.sampling import RowParams, choose, warp
-from adaptd.decoding.verify import verify_greedy, verify_sampled
+from adaptd.decoding.sampling import RowParams, choose
+from adaptd.decoding.verify import verify
 from adaptd.errors import ContextLengthExceeded, Overloaded
 from adaptd.models.cache import round_up
+from policies.draft_length import DraftLength
 from policies.recall import Recall
 
 
@@ -44,13 +47,15 @@ class SpeculativeDecoder:
     Args:
       target, draft: Hugging Face causal LMs in eval mode with one tokenizer (`adaptd.models` checks that). The logits
         of one may be padded wider than the other's.
-      k: proposals a round.
+      k: proposals a round; with `draft_length`, at most.
       max_batch: rows decoded together.
       max_length: tokens of prompt and answer together.
       eos_ids: tokens that end an answer.
       detokenize: token ids to text; None: no text, and no stop strings.
       capture: what to keep for traces; None keeps nothing.
       recall: what was served before, mixed into the proposals and fed from the captured answers; None: the draft alone.
+      draft_length: chooses each round's k, up to `k`; None: always `k`. Rounds with a sampled row that has a seed have `k`
+        in any case: its random numbers, and so its tokens, would change with it.
       prefill_tokens: most prompt tokens read a step, over all rows that join together.
       prefix_caching: whether what a prompt has in common with an earlier one is not read again by the target.
       capture_passes: how the passes of a round are captured (`adaptd.decoding.graphs`); None: they are not.
@@ -71,6 +76,7 @@ class SpeculativeDecoder:
         detokenize: Detokenize | None = None,
         capture: CaptureConfig | None = None,
         recall: Recall | None = None,
+        draft_length: DraftLength | None = None,
         prefill_tokens: int = 1024,
         prefix_caching: bool = True,
         capture_passes: Capture | None = None,
@@ -85,9 +91,12 @@ class SpeculativeDecoder:
         ):
             if value < least:
                 raise ValueError(f"{name} ({value}) must be at least {least}")
+        if draft_length is not None and draft_length.k_max != k:
+            raise ValueError(f"draft_length (k_max {draft_length.k_max}) must choose up to k ({k})")
         self.k, self.max_batch, self.max_length = k, max_batch, max_length
         self.eos_ids = frozenset(eos_ids)
         self.draft_version = draft_version
+        self._lengths = draft_length
         self._detokenize, self._clock = detokenize, clock
         # A round of a row one token short of the end writes up to k positions behind it.
         capacity = round_up(max_length + k)
@@ -117,6 +126,8 @@ class SpeculativeDecoder:
         self._last_two: Tensor
         self._params: RowParams
         self._observe: bool
+        self._classes: list[str]
+        self._pinned: bool
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -129,6 +140,11 @@ class SpeculativeDecoder:
     def recalled(self) -> int:
         """Contexts that are remembered; 0 without recall."""
         return 0 if self._recall is None else len(self._recall.recall)
+
+    @property
+    def draft_lengths(self) -> dict[str, int]:
+        """The k chosen last, by domain; empty where it is fixed. Any thread may ask."""
+        return {} if self._lengths is None else self._lengths.chosen
 
     def can_add(self) -> bool:
         """Whether there is a slot for one more request."""
@@ -195,24 +211,32 @@ class SpeculativeDecoder:
             return []
         if self._stale:
             self._rebuild()
+        k = self.k
+        if self._lengths is not None and not self._pinned:
+            k = self._lengths.choose(self._classes, self.draft_version)
+        if k:
+            self._prefill.catch_up(self._rows)
         started = time.perf_counter()
-        words = self._play()
-        self._prefill.played(time.perf_counter() - started)
-        return self._commit(words)
+        words = self._play(k)
+        seconds = time.perf_counter() - started
+        self._prefill.played(seconds)
+        return self._commit(words, k, seconds)
 
-    def _play(self) -> Words:
+    def _play(self, k: int) -> Words:
         """Propose, verify, advance: everything on the device; returns the round's words on the host."""
-        k, params = self.k, self._params
+        params = self._params
         length = round_up(max(len(row.tokens) for row in self._rows) + k)
         # A row with one token has no token before it: it feeds that one twice, at the same place.
-        positions = (self._n[:, None] + self._offsets).clamp_(min=0)
+        positions = (self._n[:, None] + self._offsets[: k + 2]).clamp_(min=0)
         target_masks = self._target.masks(positions, length)
         same = self._target.dtype == self._draft.dtype and self._target.windows == self._draft.windows
         draft_masks = target_masks if same else self._draft.masks(positions, length)
-        uniforms = self._uniforms()
+        # k proposals, k accept tests, the last token.
+        uniforms = draw_uniforms(self._rows, 2 * k + 1, params).to(self.device, non_blocking=True)
 
-        fed, drafted, logits_seen, q_seen = self._last_two, [], [], []
-        self._draft.open_to(self._rows)
+        fed, drafted, logits_seen, q_seen = self._last_two, [self._n.new_empty(len(self._rows), 0)], [], []
+        if k:
+            self._draft.open_to(self._rows)
         for i in range(k):
             first, last = (0, 2) if i == 0 else (i + 1, i + 2)
             logits = self._draft.forward(
@@ -230,26 +254,18 @@ class SpeculativeDecoder:
             else:
                 proposal, q = self._recall.propose(self._n, logits, params, uniforms[:, i])
             fed = proposal[:, None]
-            drafted.append(proposal)
+            drafted.append(fed)
             logits_seen.append(logits)
             if q is not None:
                 q_seen.append(q)
-        proposals = torch.stack(drafted, 1)
+        proposals = torch.cat(drafted, 1)
 
         fed = torch.cat((self._last_two[:, 1:], proposals), 1)
         logits = self._target.forward(
             fed, positions[:, 1:], columns(target_masks, 1, k + 2), 0, length, last_only=False, of_round=True
         )
-        p = None
-        if not params.any_sampled:
-            n_accepted, final = verify_greedy(logits.argmax(-1), proposals)
-        else:
-            p = warp(logits, params)
-            n_accepted, final = verify_sampled(p, torch.stack(q_seen, 1), proposals, uniforms[:, k:])
-            if params.any_greedy:
-                n_greedy, final_greedy = verify_greedy(logits.argmax(-1), proposals)
-                n_accepted = torch.where(params.greedy, n_greedy, n_accepted)
-                final = torch.where(params.greedy, final_greedy, final)
+        q = torch.stack(q_seen, 1) if q_seen else None
+        n_accepted, final, p = verify(logits, q, proposals, uniforms[:, k:], params)
 
         # The token before the final one is the last accepted proposal, or the token this round began with.
         self._last_two = torch.cat((fed.gather(1, n_accepted[:, None]), final[:, None]), 1)
@@ -257,15 +273,16 @@ class SpeculativeDecoder:
         if self._recall is not None:
             self._recall.settle(self._n, p, tokens, n_accepted, params)
         self._n = self._n + n_accepted + 1
-        played = Round(logits, torch.stack(logits_seen, 1), p, proposals, n_accepted, tokens)
+        played = Round(logits, torch.stack(logits_seen, 1) if k else None, p, proposals, n_accepted, tokens)
         self.rounds += 1
         return self._packer.pack(played, params, self._observe)
 
-    def _commit(self, words: Words) -> list[Delta]:
+    def _commit(self, words: Words, drafted: int, seconds: float) -> list[Delta]:
         """Gives each row its tokens and ends the rows that are done."""
         deltas, leaving = [], set[int]()
         for at, (row, head) in enumerate(zip(self._rows, words[:, : self.k + 2].tolist(), strict=True)):
-            ids, text, reason = row.commit(head[: head[-1] + 1], self.max_length, self.eos_ids, self.draft_version)
+            ids = head[: head[-1] + 1]
+            ids, text, reason = row.commit(ids, drafted, self.max_length, self.eos_ids, self.draft_version)
             if self._observe and row.request.store:
                 row.words.append(words[at])
             finished = None
@@ -273,21 +290,26 @@ class SpeculativeDecoder:
                 finished = self._finished(row, reason)
                 leaving.add(at)
             deltas.append(Delta(row.request.request_id, tuple(ids), text, finished))
+        if self._lengths is not None:
+            self._lengths.observe(self._classes, drafted, [row.judged for row in self._rows], seconds)
         self._remove(leaving)
         return deltas
 
     def _finished(self, row: Row, reason: FinishReason) -> Finished:
         trace = None
         if row.words and reason != "abort":
-            trace = self._packer.assemble(row.request, row.tokens, row.words, row.version_max, self._clock())
+            trace = self._packer.assemble(
+                row.request, row.tokens, row.words, row.drafted, row.version_max, self._clock()
+            )
             if self._recall is not None:
                 observe_trace(self._recall.recall, trace)
+        further = None if self._lengths is None else self._lengths.further(row.request.domain)
         return Finished(
             request_id=row.request.request_id,
             token_ids=tuple(row.tokens[row.prompt_len :]),
             text=None if row.stream is None else row.stream.text,
             finish_reason=reason,
-            stats=row.stats(self.k),
+            stats=row.stats(self.k, further),
             trace=trace,
             prompt_tokens=row.prompt_len,
             cached_tokens=row.cached,
@@ -342,20 +364,9 @@ class SpeculativeDecoder:
         if self._recall is not None:
             self._recall.start(rows)
         self._observe = self._packer.config is not None and any(row.request.store for row in rows)
+        self._classes = [row.request.domain for row in rows]
+        self._pinned = any(row.pinned for row in rows)
         self._stale = False
-
-    def _uniforms(self) -> Tensor:
-        """Random numbers of this round, float32 [B, 2k+1]: k proposals, k accept tests, the last token.
-
-        They come from each request's own generator on the CPU, so that a seed means the same on every device.
-        """
-        size = 2 * self.k + 1
-        drawn = torch.zeros(len(self._rows), size)
-        if self._params.any_sampled:
-            for at, row in enumerate(self._rows):
-                if not row.request.params.greedy:
-                    torch.rand(size, generator=row.generator, out=drawn[at])
-        return drawn.to(self.device, non_blocking=True)
 
     def _like_target(self, logits: Tensor) -> Tensor:
         """Draft logits [B, V_draft] in the target's width: padding entries cut, or added at probability zero."""

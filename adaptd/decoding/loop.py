@@ -22,6 +22,7 @@ from enum import Enum
 from statistics import median
 from typing import Any, Protocol, TypeVar
 
+from adaptd.decoding.loop_stats import LoopStats, SwapResult
 from adaptd.decoding.request import DecodeRequest, Delta, Finished, RequestStats
 from adaptd.errors import DecoderStopped, Overloaded
 
@@ -43,44 +44,6 @@ class Action(Enum):
     WAIT = "wait"
 
 
-@dataclass(frozen=True, slots=True)
-class SwapResult:
-    """What a swap did: the version now in the weights, and (filled in by the loop) how long decoding stood still."""
-
-    version: int
-    tensors: int = 0
-    bytes: int = 0
-    pause_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class LoopStats:
-    """Counts since start, and what is going on now. MAL is `emitted / row_rounds`."""
-
-    queued: int
-    active: int
-    draft_version: int
-    steps: int
-    step_s: float
-    row_rounds: int
-    proposed: int
-    accepted: int
-    emitted: int
-    finished: int
-    aborted: int
-    failed: int
-    callback_errors: int
-    swaps: int
-    swap_refusals: int
-    last_pause_s: float
-    max_pause_s: float
-    recalled: int = 0
-    """Contexts in the decoder's recall."""
-    round_s: float | None = None
-    """Median of the last steps' seconds, and their median batch."""
-    round_batch: float | None = None
-
-
 class Engine(Protocol):
     """What the loop needs of a decoder (`SpeculativeDecoder`)."""
 
@@ -89,6 +52,10 @@ class Engine(Protocol):
     @property
     def recalled(self) -> int:
         """Contexts that are remembered."""
+
+    @property
+    def draft_lengths(self) -> dict[str, int]:
+        """The k chosen last, by domain; empty where it is fixed. Any thread may ask."""
 
     @property
     def active(self) -> int:
@@ -225,6 +192,7 @@ class DecodeLoop:
                 active=self._engine.active,
                 draft_version=self._engine.draft_version,
                 recalled=self._engine.recalled,
+                draft_lengths=self._engine.draft_lengths,
                 round_s=median(seconds for seconds, _ in recent) if recent else None,
                 round_batch=median(batch for _, batch in recent) if recent else None,
             )

@@ -166,6 +166,19 @@ class Prefill:
             if self._slots is not None:
                 self._slots.hold(slot, row.tokens[:size])
 
+    def catch_up(self, rows: Sequence[Row]) -> None:
+        """The draft reads what rounds without it left behind: positions up to n-3 of active rows with n tokens."""
+        behind, width = max(row.behind for row in rows), max(1, self._tokens // len(rows))
+        for first in range(-behind, 0, width):
+            # Rows that lack fewer, or have fewer, write again what is there.
+            places = [[max(0, len(row.tokens) - 2 + at) for at in range(first, min(0, first + width))] for row in rows]
+            read = [[row.tokens[at] for at in where] for row, where in zip(rows, places, strict=True)]
+            tokens, positions = (torch.tensor(values, device=self._draft.device) for values in (read, places))
+            length = round_up(max(len(row.tokens) for row in rows))
+            self._draft.open_to(rows)
+            masks = self._draft.masks(positions, length)
+            self._draft.forward(self._to_draft(tokens), positions, masks, 0, length, last_only=True)
+
     def _pass(self, runner: ModelRunner, start: int, stop: int) -> None:
         width, chunks = stop - start, [row.tokens[start:stop] for row in self.group]
         padded = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=runner.device)

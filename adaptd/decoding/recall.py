@@ -77,10 +77,13 @@ class RecallRound:
         Args:
           n: int64 [B], tokens of each row before this round.
           p: float32 [B, k+1, V], the served target distribution; None if every row is greedy.
-          tokens: int64 [B, k+1], the accepted prefix and the token after it; what is behind is not read.
+          tokens: int64 [B, k+1], the accepted prefix and the token after it; what is behind is not read. k may be 0.
           n_accepted: int64 [B].
         """
-        k = len(self._found)
+        k, last = len(self._found), n_accepted[:, None]
+        self._history.scatter_(1, n[:, None] + last, tokens.gather(1, last))
+        if k == 0:
+            return
         emitted = tokens[:, :k, None]
         own = torch.stack(self._own, 1).gather(2, emitted)[..., 0]
         served = torch.ones_like(own)
@@ -91,8 +94,6 @@ class RecallRound:
         self.recall.learn(
             Recalled(*fields), own.flatten(), served.flatten(), tokens[:, :k].flatten(), reached.flatten()
         )
-        last = n_accepted[:, None]
-        self._history.scatter_(1, n[:, None] + last, tokens.gather(1, last))
         self._found.clear()
         self._own.clear()
 

@@ -85,9 +85,9 @@ class DecodeRequest:
 class RequestStats:
     """Speculation counts of one request. Tokens cut behind a stop count nowhere except in `proposed`.
 
-    `rounds` target passes proposed `proposed` = rounds * k tokens, of which `accepted` were emitted; `emitted` tokens
-    came out in all. `reached_at[i]` proposals at depth i + 1 were judged and the verdict emitted, `accepted_at[i]` of
-    them accepted. `draft_version_min/max`: versions of the draft that took part.
+    `proposed` tokens were proposed in `rounds` rounds, k in each unless the length is chosen; `accepted` of them were
+    emitted, and `emitted` tokens in all. `reached_at[i]` proposals at depth i + 1 were judged and the verdict emitted,
+    `accepted_at[i]` of them accepted. `draft_version_min/max`: versions of the draft that took part.
     """
 
     rounds: int
@@ -98,6 +98,8 @@ class RequestStats:
     reached_at: tuple[int, ...]
     draft_version_min: int
     draft_version_max: int
+    share_at_k: float | None = None
+    """accepted / proposed as with k proposals in every round that had any; None where it is that, or there was no such round."""
 
     @property
     def mal(self) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adaptd.decoding.capture import Words
 from adaptd.decoding.request import DecodeRequest, Detokenize, FinishReason, RequestStats
+from adaptd.decoding.sampling import RowParams
 from adaptd.decoding.text import TextStream
 
 
@@ -20,7 +21,9 @@ class Row:
         "_features",
         "aborted",
         "accepted",
+        "behind",
         "cached",
+        "drafted",
         "generator",
         "last_emitted",
         "prompt_len",
@@ -44,6 +47,9 @@ class Row:
         self.stream = None if detokenize is None else TextStream(detokenize, request.params.stop)
         self.words: list[Words] = []
         self.accepted: list[int] = []
+        self.drafted: list[int] = []
+        self.behind = 0
+        """Tokens that the draft's cache lacks: rounds without a draft since the last one with."""
         self.last_emitted = 0
         self.version_min = self.version_max = -1
         self.aborted = False
@@ -61,13 +67,19 @@ class Row:
         """Response tokens so far."""
         return len(self.tokens) - self.prompt_len
 
+    @property
+    def pinned(self) -> bool:
+        """Whether its random numbers belong to rounds of the longest draft: a seed must mean the same every time."""
+        return self.request.params.seed is not None and not self.request.params.greedy
+
     def commit(
-        self, ids: list[int], max_length: int, eos_ids: Collection[int], version: int
+        self, ids: list[int], drafted: int, max_length: int, eos_ids: Collection[int], version: int
     ) -> tuple[list[int], str, FinishReason | None]:
         """Takes the tokens of a round and cuts those behind the answer's end.
 
         Args:
           ids: the accepted proposals and the token after them.
+          drafted: proposals of the round.
           max_length: tokens of prompt and answer together at most.
           eos_ids: tokens that end an answer.
           version: version of the draft that proposed.
@@ -75,6 +87,8 @@ class Row:
         """
         params = self.request.params
         self.accepted.append(len(ids) - 1)
+        self.drafted.append(drafted)
+        self.behind = 0 if drafted else self.behind + 1
         if self.version_min < 0:
             self.version_min = version
         self.version_max = version
@@ -98,24 +112,59 @@ class Row:
         self.last_emitted = len(ids)
         return ids, text, reason
 
-    def stats(self, k: int) -> RequestStats:
-        """Counts as `policies.acceptance.Profile` defines them: the last round counts up to the last token emitted."""
+    @property
+    def judged(self) -> tuple[int, int]:
+        """Of the last round: proposals accepted and emitted, and proposals judged."""
+        accepted, emitted = self.accepted[-1], self.last_emitted
+        return min(accepted, emitted), min(accepted + 1, self.drafted[-1], emitted)
+
+    def stats(self, k: int, further: Sequence[float] | None = None) -> RequestStats:
+        """Counts as `policies.acceptance.Profile` defines them: the last round counts up to the last token emitted.
+
+        Args:
+          k: the longest draft.
+          further: [k + 1] expected acceptances behind a draft of each length that was accepted as a whole; None where every
+            round drafts k.
+        """
         if not self.accepted:
             return RequestStats(0, 0, 0, 0, (0,) * k, (0,) * k, self.version_min, self.version_max)
-        *earlier, last = self.accepted
+        earlier = list(zip(self.accepted[:-1], self.drafted[:-1], strict=True))
         accepted_at, reached_at = [0] * k, [0] * k
-        judged = [(a, a + 1) for a in earlier] + [(min(last, self.last_emitted), min(last + 1, self.last_emitted))]
-        for n_accepted, n_reached in judged:
-            for depth in range(min(n_reached, k)):
+        for n_accepted, n_reached in [*((a, min(a + 1, drafted)) for a, drafted in earlier), self.judged]:
+            for depth in range(n_reached):
                 reached_at[depth] += 1
                 accepted_at[depth] += depth < n_accepted
         return RequestStats(
             rounds=len(self.accepted),
-            proposed=len(earlier) * k + min(k, self.last_emitted),
+            proposed=sum(self.drafted[:-1]) + min(self.drafted[-1], self.last_emitted),
             accepted=sum(accepted_at),
             emitted=self.emitted,
             accepted_at=tuple(accepted_at),
             reached_at=tuple(reached_at),
             draft_version_min=self.version_min,
             draft_version_max=self.version_max,
+            share_at_k=None if further is None else self._share(earlier, k, further),
         )
+
+    def _share(self, earlier: Sequence[tuple[int, int]], k: int, further: Sequence[float]) -> float | None:
+        """Share accepted, had every round with a draft proposed k: what was cut short is continued as it is expected to be.
+
+        None without such a round.
+        """
+        accepted, judged = self.judged[0], min(self.drafted[-1], self.last_emitted)
+        full = [a + (further[a] if a == drafted else 0.0) for a, drafted in earlier if drafted]
+        proposed = judged + len(full) * k
+        return (accepted + sum(full)) / proposed if proposed else None
+
+
+def draw_uniforms(rows: Sequence[Row], size: int, params: RowParams) -> Tensor:
+    """Random numbers of a round, float32 [B, size] on the CPU, each row's from its own generator; 0 for greedy rows.
+
+    On the CPU, so that a seed means the same on every device.
+    """
+    drawn = torch.zeros(len(rows), size)
+    if params.any_sampled:
+        for at, row in enumerate(rows):
+            if not row.request.params.greedy:
+                torch.rand(size, generator=row.generator, out=drawn[at])
+    return drawn

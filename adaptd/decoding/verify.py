@@ -9,7 +9,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaptd.decoding.sampling import inverse_cdf
+from adaptd.decoding.sampling import RowParams, inverse_cdf, warp
+
+
+def verify(
+    logits: Tensor, q: Tensor | None, proposals: Tensor, uniforms: Tensor, params: RowParams
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Accepts a prefix of each row's proposals by the rule of its temperature, and adds the token that follows.
+
+    Args:
+      logits: float32 [B, k+1, V], the target's; k may be 0.
+      q: float32 [B, k, V], as it was when the proposals were drawn; not read if every row is greedy, or k is 0.
+      proposals: int64 [B, k].
+      uniforms: float32 [B, k+1] in [0, 1).
+    Returns: number accepted int64 [B], the token that follows int64 [B], and the served target distribution [B, k+1, V]
+    (None if every row is greedy).
+    """
+    if not params.any_sampled:
+        return *verify_greedy(logits.argmax(-1), proposals), None
+    p = warp(logits, params)
+    if q is None:
+        n_accepted, final = torch.zeros_like(proposals[:, :0].sum(1)), inverse_cdf(p[:, 0], uniforms[:, 0])
+    else:
+        n_accepted, final = verify_sampled(p, q, proposals, uniforms)
+    if params.any_greedy:
+        n_greedy, final_greedy = verify_greedy(logits.argmax(-1), proposals)
+        n_accepted = torch.where(params.greedy, n_greedy, n_accepted)
+        final = torch.where(params.greedy, final_greedy, final)
+    return n_accepted, final, p
 
 
 def verify_sampled(p: Tensor, q: Tensor, proposals: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

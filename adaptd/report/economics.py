@@ -17,20 +17,25 @@ def native(decoders: Sequence[dict[str, Any]], now: dict[str, Any]) -> dict[str,
 
     Costs are those of the batch nearest to the present one, over decoders weighted alike.
     """
-    rows = [row for row in map(_present, decoders) if row is not None]
+    rows, chosen = [row for row in map(_present, decoders) if row is not None], draft_lengths(decoders)
     if not rows:
-        return _unknown("the passes were not timed yet" if decoders else "no decoder is up")
+        why = "the passes were not timed yet" if decoders else "no decoder is up"
+        return _unknown(why) | {"draft_lengths": chosen}
     k = rows[0]["k"]
-    costs = Costs(
+    full = Costs(
         draft=_mean([row["draft_s"] / row["target_s"] for row in rows]),
         verify=_mean([max(0.0, row["verify_s"] / row["target_s"] - 1.0) for row in rows]),
     )
+    # Where lengths are chosen a round is priced at the mean one, what verifying costs more being about linear in it.
+    drafted = k if not chosen or now["draft_length"] is None else now["draft_length"]
+    costs = Costs(full.draft, full.verify * drafted / k)
     found = {
         "k": k,
         "batch": _mean([row["batch"] for row in rows]),
         "c_d": costs.draft,
         "c_v": costs.verify,
-        "break_even_mal": costs.round(k),
+        "break_even_mal": costs.round(drafted),
+        "draft_lengths": chosen,
         "mal": now["mal"],
         "round_s": None,
         "target_s": _mean([row["target_s"] for row in rows]),
@@ -38,16 +43,32 @@ def native(decoders: Sequence[dict[str, Any]], now: dict[str, Any]) -> dict[str,
     mal = now["mal"]
     if mal is None:
         return _unknown("no requests yet") | found
-    expected = expected_speedup(min(max(1.0, mal), k + 1.0), k, costs)
+    expected = expected_speedup(min(max(1.0, mal), drafted + 1.0), drafted, costs)
     rounds = [row["target_s"] / row["round_s"] for row in rows if row["round_s"]]
     measured = mal * _mean(rounds) if rounds else None
     if rounds:
         found["round_s"] = _mean([row["round_s"] for row in rows if row["round_s"]])
+    about: dict[str, Any] = {"expected": expected, "measured": measured}
+    if chosen:
+        # The decoders know better, round by round, and none drafts where it would cost time.
+        used = max(chosen.values()) > 0.0
+        speedup = expected if measured is None else measured
+        verdict = {"pays": True, "speedup": speedup} if used else {"reason": "no domain's draft would save time"}
+        return _unknown("") | found | about | verdict
     depths = now["by_depth"]
     known = next((i for i, value in enumerate(depths) if value is None), len(depths))
     best_k, best = best_depth(depths[:known], costs)
-    about = {"expected": expected, "measured": measured, "best_k": best_k, "best_expected": best}
+    about |= {"best_k": best_k, "best_expected": best}
     return _unknown("") | found | about | _verdict(expected if measured is None else measured)
+
+
+def draft_lengths(decoders: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The k chosen last by domain, a mean over the decoders that have one; empty where it is fixed."""
+    found: dict[str, list[float]] = {}
+    for decoder in decoders:
+        for domain, k in decoder["engine"].get("draft_lengths", {}).items():
+            found.setdefault(domain or "default", []).append(k)
+    return {domain: _mean(values) for domain, values in sorted(found.items())}
 
 
 def behind_proxy(load: Any, plain_tokens_per_s: float | None, k: int) -> dict[str, Any]:
@@ -112,7 +133,11 @@ def line(found: dict[str, Any]) -> str:
         figures.append(f"batch {found['batch']:.1f}")
     if found.get("best_k") is not None and found["best_k"] != found["k"]:
         figures.append(f"k = {found['best_k']} would give {found['best_expected']:.2f}x")
+    if chosen := found.get("draft_lengths"):
+        figures.append("k " + ", ".join(f"{domain} {k:.3g}" for domain, k in chosen.items()))
     about = "; ".join(figures)
+    if chosen and found["pays"] is None and found["expected"] is not None:
+        return f"off: {found['reason']} ({about})"
     if found["pays"] is None:
         return f"unknown: {found['reason']}" + (f" ({about})" if about else "")
     if found["pays"]:

@@ -42,6 +42,15 @@ class Finished:
     reached_at: tuple[int, ...]
     accepted_at: tuple[int, ...]
     draft_version: int
+    share_at_k: float | None = None
+    """accepted / proposed as with one length of draft, where lengths were chosen (`RequestStats.share_at_k`)."""
+
+    @property
+    def share(self) -> float | None:
+        """Acceptance share that requests are compared by, within [0, 1]; None if nothing was proposed."""
+        if self.share_at_k is not None or not self.proposed:
+            return self.share_at_k
+        return min(1.0, self.accepted / self.proposed)
 
 
 def record_sums(item: Finished, k: int) -> FloatArray:
@@ -63,6 +72,7 @@ def summarise(sums: FloatArray, k: int) -> dict[str, Any]:
         "rounds": int(rounds),
         "mal": float(emitted / rounds) if rounds else None,
         "token_acceptance": float(accepted / proposed) if proposed else None,
+        "draft_length": float(proposed / rounds) if rounds else None,
         "block_acceptance": float(passed[-1] / rounds) if rounds else None,
         "by_depth": [float(a / r) if r else None for a, r in zip(passed, reached, strict=True)],
     }
@@ -81,6 +91,7 @@ class Monitor:
         self._k, self._clock = k, clock
         self._minutes: deque[tuple[int, str, FloatArray]] = deque()
         self._recent: dict[str, deque[FloatArray]] = {}
+        self._shares: dict[str, deque[float | None]] = {}
         self._drift = DriftDetector(delta=delta)
         self._totals: dict[str, FloatArray] = {}
         self.drifts: dict[str, int] = {}
@@ -93,9 +104,10 @@ class Monitor:
         self._totals[domain] = self._totals.get(domain, np.zeros_like(sums)) + sums
         self._recent.setdefault(domain, deque(maxlen=_RECENT)).append(sums)
         self._add_to_minute(domain, sums)
-        if not item.proposed:
+        share = item.share
+        self._shares.setdefault(domain, deque(maxlen=_NOW)).append(share)
+        if share is None:
             return []
-        share = item.accepted / item.proposed
         found = [e for e in (self._drift.update(name, share) for name in (domain, ALL)) if e is not None]
         for event in found:
             self.drifts[event.domain] = self.drifts.get(event.domain, 0) + 1
@@ -138,9 +150,8 @@ class Monitor:
     def windows(self) -> dict[str, Window]:
         """Acceptance share per request over the last hundred requests of each domain that has enough of them."""
         found: dict[str, Window] = {}
-        for name, items in self._recent.items():
-            shares = [min(1.0, float(s[4] / s[3])) for s in list(items)[-_NOW:] if s[3]]
-            if (known := window(shares)) is not None:
+        for name, shares in self._shares.items():
+            if (known := window([share for share in shares if share is not None])) is not None:
                 found[name] = known
         return found
 

@@ -218,12 +218,13 @@ def verdict_table(learner: dict[str, Any] | None) -> Table:
 
 def render(status: dict[str, Any]) -> RenderableType:
     """The whole status."""
-    upstream = "upstream" in status
+    upstream, chosen = "upstream" in status, status["economics"].get("draft_lengths")
     head = Table(show_header=False, box=None, expand=True)
     head.add_column("key", style="bold", no_wrap=True)
     head.add_column("value")
+    k = f"k up to {status['k']}" if chosen else f"k = {status['k']}"
     rows = {
-        "engine": f"{status['engine']}, k = {status['k']}, up {_age(status['uptime_s'])}, {status['in_flight']} in flight",
+        "engine": f"{status['engine']}, {k}, up {_age(status['uptime_s'])}, {status['in_flight']} in flight",
         **({"server": _server_row(status["upstream"]), "proxy": _proxy_row(status["proxy"])} if upstream else {}),
         **(server_rows(status["upstream"]) if upstream else {}),
         "draft": _draft_row(status),

@@ -32,6 +32,7 @@ def test_top_level_keys_come_from_the_environment_too() -> None:
     [
         ("learn.obective=tv", "unknown configuration key 'learn.obective'; the nearest is 'learn.objective'"),
         ("lern.lr=1", "unknown configuration key 'lern'; the nearest is 'learn'"),
+        ("engine={kind: vllm, draft_length: auto}", "draft_length .'auto'. is the native engine's"),
         ("engine.k=99", r"'engine.k' = 99: .* less than or equal to 16"),
         ("learn.objective=kl", r"'learn.objective' = 'kl'"),
         ("learn.rejection_weight=0", r"'learn.rejection_weight' = 0: .* greater than 0"),

@@ -67,6 +67,7 @@ function renderEconomics(s) {
     ["c_d, c_v", known(e.c_d) ? `${fixed(e.c_d, 3)}, ${fixed(e.c_v, 3)} of a target step` : ""],
     ["round", known(e.round_s) ? `${(1000 * e.round_s).toFixed(1)} ms at batch ${fixed(e.batch, 1)}` : ""],
     ["k", known(e.best_k) && e.best_k !== e.k ? `${e.k}; ${e.best_k} would give ${fixed(e.best_expected)}\u00d7` : known(e.k) ? e.k : ""],
+    ["k now", Object.entries(e.draft_lengths ?? {}).map(([domain, k]) => `${domain} ${fixed(k, 1)}`).join(", ")],
   ]);
 }
 

@@ -42,7 +42,7 @@ def exposed(daemon: Any) -> tuple[str, Samples]:
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Samples]]:
     now, found = time.time(), {}
-    for name, make in (("native", samples.native), ("vllm", samples.sidecar)):
+    for name, make in (("native", samples.native), ("choosing", samples.choosing), ("vllm", samples.sidecar)):
         daemon = make(tmp_path_factory.mktemp(name), now)
         asyncio.run(daemon.status())
         assert daemon.snapshot is not None
@@ -80,6 +80,14 @@ def test_acceptance_by_depth_adds_up_to_what_was_accepted(daemons: dict[str, tup
     (whole,) = re.findall(r'^adaptd_accepted_tokens_total{domain="math"} (.+)$', text, re.MULTILINE)
     assert len(by_depth) == samples.K
     assert sum(by_depth) == float(whole) > 0
+
+
+def test_the_chosen_draft_length_is_there_where_it_is_chosen(daemons: dict[str, tuple[str, Samples]]) -> None:
+    """Two decoders, one at 3 and one at 4 for medical: their mean."""
+    text, _ = daemons["choosing"]
+    assert 'adaptd_draft_length{domain="math"} 0.0' in text
+    assert 'adaptd_draft_length{domain="medical"} 3.5' in text
+    assert "adaptd_draft_length" not in daemons["native"][1]
 
 
 def test_while_the_buffer_is_away_only_that_is_told(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_a_hand_made_sequence_of_three_tokens_is_judged_by_the_rows_before_its_t
     assert words.shape == (1, packer.width)
     assert words[0, :4].tolist() == [1, 2, 2, 1], "tokens, then how many were accepted"
 
-    trace = packer.assemble(DecodeRequest("r", [3], greedy, domain="d"), [3, 1, 2], [words[0]], 7, 123.0)
+    trace = packer.assemble(DecodeRequest("r", [3], greedy, domain="d"), [3, 1, 2], [words[0]], [2], 7, 123.0)
     trace.validate()
     assert trace.tokens.tolist() == [3, 1, 2]
     assert (trace.prompt_len, trace.response_len) == (1, 2)

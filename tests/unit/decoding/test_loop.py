@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from adaptd.decoding.engine import SpeculativeDecoder
-from adaptd.decoding.loop import Action, DecodeLoop, SwapResult
+from adaptd.decoding.loop import Action, DecodeLoop
+from adaptd.decoding.loop_stats import SwapResult
 from adaptd.decoding.request import DecodeRequest, Delta, Finished, RequestStats, SamplingParams
 from adaptd.errors import ContextLengthExceeded, DecoderStopped, Overloaded
 from tests.unit.decoding.tiny import disturb, greedy_reference, make_draft, make_model, make_prompts
@@ -27,6 +28,7 @@ class FakeEngine:
     def __init__(self, slots: int = 2) -> None:
         self.draft_version = 0
         self.recalled = 0
+        self.draft_lengths: dict[str, int] = {}
         self.slots = slots
         self.rows: dict[str, list[int]] = {}
         self.limits: dict[str, int] = {}

@@ -69,7 +69,7 @@ def test_each_size_of_batch_is_measured_once_and_again_when_it_is_old() -> None:
 
 def test_the_loop_calls_between_rounds_and_survives_what_is_raised() -> None:
     class Engine:
-        draft_version, recalled, active = 0, 0, 0
+        draft_version, recalled, active, draft_lengths = 0, 0, 0, {}
 
         def can_add(self) -> bool:
             return True

@@ -65,3 +65,33 @@ def test_behind_a_proxy_the_rate_without_speculation_decides() -> None:
     found = behind_proxy(load, 50.0, 4)
     assert (found["pays"], found["speedup"]) == (False, pytest.approx(0.8))
     assert found["break_even_mal"] == pytest.approx(2.5)
+
+
+def choosing(round_s: float | None, **lengths: int) -> dict[str, Any]:
+    made = decoder(round_s)
+    made["engine"]["draft_lengths"] = lengths
+    return made
+
+
+def test_where_lengths_are_chosen_a_round_is_priced_at_their_mean() -> None:
+    now = {"mal": 1.6, "by_depth": [0.7, 0.6, None], "draft_length": 1.5}
+    found = native([choosing(1.4, medical=3, tools=0), choosing(1.4, medical=2)], now)
+    assert found["break_even_mal"] == pytest.approx(1 + 1.5 * 0.1 + 0.1)
+    assert found["expected"] == pytest.approx(1.6 / 1.25)
+    assert found["draft_lengths"] == {"medical": 2.5, "tools": 0.0}
+    assert found["pays"]
+    assert "k medical 2.5, tools 0" in line(found)
+
+
+def test_a_decoder_that_drafts_for_nobody_is_not_told_that_it_does_not_pay() -> None:
+    """A plain round takes a little longer than a target step, and that is no reason for an alert."""
+    found = native([choosing(1.1, tools=0)], {"mal": 1.0, "by_depth": [0.1, None, None], "draft_length": 0.0})
+    assert found["pays"] is None
+    assert found["break_even_mal"] == 1.0
+    assert line(found).startswith("off: no domain's draft would save time")
+
+
+def test_chosen_lengths_are_told_before_the_passes_are_timed() -> None:
+    made = choosing(None, tools=2)
+    made["costs"] = []
+    assert native([made], NOW)["draft_lengths"] == {"tools": 2.0}

@@ -73,3 +73,35 @@ def test_a_request_without_proposals_counts_and_does_not_divide_by_zero() -> Non
     monitor.observe(Finished("a", 1, 1, 0, 0, (0, 0, 0), (0, 0, 0), 0))
     assert monitor.now()["token_acceptance"] is None
     assert monitor.now()["mal"] == 1.0
+
+
+def test_requests_with_other_draft_lengths_are_compared_by_what_the_full_one_would_have_given() -> None:
+    """From k = 3 to k = 1: more of what is proposed is accepted, and MAL falls, though the draft is as good as before."""
+    rng = np.random.default_rng(1)
+    monitor = Monitor(K, 0.02, Clock())
+
+    def play(k: int) -> Finished:
+        hits = rng.random((30, K)) < 0.6
+        full = hits.cumprod(1).sum(1)
+        played = np.minimum(full, k)
+        # What the engine knows of the rounds cut short: 0.6 + 0.36 more on average.
+        share = float((played + np.where((played == k) & (k < K), 0.96, 0.0)).sum() / (30 * K))
+        counts = (int(played.sum()) + 30, 30, 30 * k, int(played.sum()))
+        return Finished("a", *counts, (30,), (int((played > 0).sum()),), 1, share if k < K else None)
+
+    events = [event for _ in range(150) for event in monitor.observe(play(3))]
+    before = monitor.windows()["a"].mean
+    events += [event for _ in range(150) for event in monitor.observe(play(1))]
+    assert not events
+    assert monitor.windows()["a"].mean == pytest.approx(before, abs=0.03)
+    found = monitor.now("a")
+    assert found["draft_length"] == 1.0
+    assert found["token_acceptance"] == pytest.approx(0.6, abs=0.05)
+
+
+def test_a_request_without_a_draft_says_nothing_about_it() -> None:
+    monitor = Monitor(K, 0.02, Clock())
+    for _ in range(20):
+        monitor.observe(request("a", 6))
+        monitor.observe(Finished("a", 30, 30, 0, 0, (0, 0, 0), (0, 0, 0), 1))
+    assert monitor.windows()["a"].mean == pytest.approx(0.5)

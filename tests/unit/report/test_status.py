@@ -1,8 +1,15 @@
 """Rows of `adaptd status` on what live traffic says of versions, and on several servers."""
 
+import asyncio
+import io
+import time
+from pathlib import Path
 from typing import Any
 
-from adaptd.report.status import _captured, _watch_row, server_rows
+from rich.console import Console
+
+from adaptd.report.status import _captured, _watch_row, render, server_rows
+from tests import samples
 
 WATCH: dict[str, Any] = {
     "on": True,
@@ -61,3 +68,16 @@ def test_the_share_of_captured_requests_is_told_with_what_bounds_it() -> None:
     )
     assert "100% of the requests captured; it" in _captured({**capture, "in_force": 1.0, "bound_by": None})
     assert _captured({**capture, "in_force": None}) == "the requests captured"
+
+
+def test_chosen_draft_lengths_stand_beside_what_speculation_is_worth(tmp_path: Path) -> None:
+    now = time.time()
+    shown = {}
+    for name, make in (("fixed", samples.native), ("auto", samples.choosing)):
+        console = Console(file=io.StringIO(), width=240)
+        console.print(render(asyncio.run(make(tmp_path / name, now).status())))
+        shown[name] = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"k up to {samples.K}" in shown["auto"]
+    assert "k math 0, medical 3.5" in shown["auto"]
+    assert f"k = {samples.K}" in shown["fixed"]
+    assert "k math" not in shown["fixed"]
