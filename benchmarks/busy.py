@@ -55,7 +55,7 @@ class Timed:
     """Its processor time, meanwhile."""
 
     def figures(self) -> dict[str, float]:
-        """Tokens and learner steps a second, inter-token times in milliseconds."""
+        """Tokens and learner steps a second, inter-token times in milliseconds, processors that the learner had."""
         middle, late = (1e3 * float(np.percentile(self.gaps, q)) for q in (50, 99))
         rate = self.tokens / self.seconds
         return {
@@ -63,6 +63,7 @@ class Timed:
             "itl_p50_ms": middle,
             "itl_p99_ms": late,
             "steps_per_s": self.steps / self.seconds,
+            "learner_share": self.learner_s / self.seconds,
         }
 
 

@@ -230,8 +230,8 @@ async def play(decoders: Decoders, config: Config, args: argparse.Namespace) -> 
                 a["tokens_per_s"] / b["tokens_per_s"]
                 for a, b in zip(windows[n], windows[args.decoders[0]], strict=True)
             ),
-            "fan_out": _summary(swaps[n]),
-            "fan_out_idle": _summary(idle[n]),
+            "fan_out": summary(swaps[n]),
+            "fan_out_idle": summary(idle[n]),
             # Looks are spread evenly: the last of n comes after n / (n + 1) of the interval.
             "fan_out_of_looks_alone_ms": 1e3 * config.checkpoints.poll_s * n / (n + 1),
         }
@@ -243,7 +243,7 @@ def _median(values: Any) -> float:
     return float(statistics.median(values))
 
 
-def _summary(found: Sequence[dict[str, float]]) -> dict[str, float]:
+def summary(found: Sequence[dict[str, float]]) -> dict[str, float]:
     return {
         "first_ms": _median(f["first_ms"] for f in found),
         "last_ms": _median(f["last_ms"] for f in found),
