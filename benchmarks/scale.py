@@ -7,8 +7,9 @@ Decoder actors are placed as the daemon places them; nodes of a local cluster ar
 share this machine's processors. They meet in Redis (an embedded one without --url) and in the checkpoint store, nowhere else.
 As many actors as the largest number run; the smaller numbers are the same actors with the others idle, in turns. Each decoder
 under load has --in-flight requests at all times, sampled with seeds. A round is a window of that load, then promotions, each
-at a random moment of the followers' interval (`checkpoints.poll_s`): the time from `publish` returning to a decoder having
-swapped, for the first and the last of those that have load. At the end the same without any load.
+at a random moment of the followers' interval (`checkpoints.poll_s`): the time from the call of `publish` to a decoder
+having swapped, for the first and the last of those that have load; the files are written within it. At the end the same
+without any load.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from buffers.open import open_table
 from checkpoints.store import CheckpointStore
 
 DOMAINS = ("medical", "math", "tools", "code")
-WARM_S = 1.0
+WARM_S, PATIENCE_S = 1.0, 60.0
 _OBJECT_STORE_BYTES = 100 * 2**20
 
 
@@ -121,7 +122,6 @@ class Load:
 
     def __init__(self, prompts: Sequence[tuple[str, tuple[int, ...]]], tokens: int) -> None:
         self._prompts, self._tokens, self._numbers = prompts, tokens, count()
-        self.answered = 0
 
     async def _ask(self, pool: DecoderPool) -> None:
         while True:
@@ -129,8 +129,8 @@ class Load:
             domain, ids = self._prompts[number % len(self._prompts)]
             params = SamplingParams(temperature=0.8, max_tokens=self._tokens, seed=number, ignore_eos=True)
             request = DecodeRequest(uuid4().hex, ids, params, domain=domain)
-            async for delta in pool.generate(request, False):
-                self.answered += delta.finished is not None
+            async for _ in pool.generate(request, False):
+                pass
 
     @asynccontextmanager
     async def on(self, handles: Sequence[Any], in_flight: int) -> AsyncIterator[None]:
@@ -182,23 +182,31 @@ class Promotions:
     def publish(self) -> int:
         """The new version."""
         about = {name: getattr(self._identity, name) for name in ("base_id", "tokenizer_hash", "scope", "scope_config")}
-        version = self._store.publish(self._tensors, **about, gate={}, window={}, config={}).version
-        self._store.prune(3)
-        return version
+        return self._store.publish(self._tensors, **about, gate={}, window={}, config={}).version
 
     async def fan_out(self, handles: Sequence[Any]) -> dict[str, float]:
-        """Milliseconds until the first and the last decoder served the next version, and the longest pause of a loop."""
+        """Milliseconds until the version was written and until the first and the last decoder served it; longest pause."""
         await asyncio.sleep(self._rng.uniform(0, self._poll_s))
+        asked = time.time()
         version = await asyncio.to_thread(self.publish)
-        published, found = time.time(), await _statuses(handles)
-        while any(status["draft_version"] < version for status in found):
-            if time.time() - published > 60:
-                raise SystemExit(f"a decoder does not serve version {version} after a minute; see its log")
-            await asyncio.sleep(0.1)
+        written = time.time()
+        while True:
             found = await _statuses(handles)
-        swaps = [status["swap"] for status in found]
-        after = [1e3 * (swap["swapped_at"] - published) for swap in swaps]
-        return {"first_ms": min(after), "last_ms": max(after), "pause_ms": 1e3 * max(s["last_pause_s"] for s in swaps)}
+            swaps = [status["swap"] for status in found if status["draft_version"] == version]
+            # The counters follow the version: until then they are of the swap before.
+            if len(swaps) == len(handles) and all((swap["swapped_at"] or 0.0) > asked for swap in swaps):
+                break
+            if time.time() - asked > PATIENCE_S:
+                raise SystemExit(f"a decoder does not serve version {version} after {PATIENCE_S:.0f} s; see its log")
+            await asyncio.sleep(0.05)
+        self._store.prune(3)
+        after = [1e3 * (swap["swapped_at"] - asked) for swap in swaps]
+        return {
+            "written_ms": 1e3 * (written - asked),
+            "first_ms": min(after),
+            "last_ms": max(after),
+            "pause_ms": 1e3 * max(swap["last_pause_s"] for swap in swaps),
+        }
 
 
 async def play(decoders: Decoders, config: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -245,6 +253,7 @@ def _median(values: Any) -> float:
 
 def summary(found: Sequence[dict[str, float]]) -> dict[str, float]:
     return {
+        "written_ms": _median(f["written_ms"] for f in found),
         "first_ms": _median(f["first_ms"] for f in found),
         "last_ms": _median(f["last_ms"] for f in found),
         "longest_ms": max(f["last_ms"] for f in found),
@@ -273,14 +282,32 @@ def measure(nodes: int, args: argparse.Namespace, home: Path) -> tuple[dict[str,
             rows = asyncio.run(play(decoders, config, args))
             memory = decoders.memory_bytes()
             ray.get([h.flush.remote() for h in handles])
-            counts = [s["writer"] for s in ray.get([h.status.remote() for h in handles])]
+            answered = sum(s["engine"]["finished"] for s in ray.get([h.status.remote() for h in handles]))
             table = open_table(url, config.deployment, **config.buffer.model_dump(exclude={"url"}))
             inserted = table.info().inserted_total
             table.close()
         finally:
             cluster.close()
     about = {"nodes": nodes, "start_s": start_s, "memory_bytes_per_decoder": memory}
-    return {**about, "traces_in_redis": inserted, "writers": counts, "rows": rows}, config
+    return {**about, "answers": answered, "traces_in_redis": inserted, "rows": rows}, config
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print what one number of decoders gave."""
+    own, other = row["decoder_cpu_ms_per_token"], row["other_cpu_ms_per_token"]
+    looks = row["fan_out_of_looks_alone_ms"]
+    print(
+        f"  {row['decoders']} decoders: {row['tokens_per_s']:.0f} tokens/s ({row['times_the_least']:.2f} x); "
+        f"processor ms a token: {own:.2f} in decoders, {other:.2f} in all else"
+    )
+    for name, key in (("under load", "fan_out"), ("idle", "fan_out_idle")):
+        written, first, last, longest, pause = (
+            row[key][f"{at}_ms"] for at in ("written", "first", "last", "longest", "pause")
+        )
+        print(
+            f"    fan-out {name}, ms: written after {written:.0f}, served by the first after {first:.0f}, by all after "
+            f"{last:.0f} (longest {longest:.0f}; waiting for the next look alone {looks:.0f}); pause {pause:.1f}"
+        )
 
 
 def main() -> None:
@@ -304,17 +331,11 @@ def main() -> None:
         results.append(found)
         print(
             f"\n{nodes} node{'s' * (nodes > 1)}: {max(args.decoders)} decoders up in {found['start_s']:.0f} s, "
-            f"{found['memory_bytes_per_decoder'] / 2**20:.0f} MiB each; {found['traces_in_redis']} traces in Redis"
+            f"{found['memory_bytes_per_decoder'] / 2**20:.0f} MiB each; {found['traces_in_redis']} traces of "
+            f"{found['answers']} answers in Redis"
         )
-        for r in found["rows"]:
-            busy, idle = r["fan_out"], r["fan_out_idle"]
-            print(
-                f"  {r['decoders']} decoders: {r['tokens_per_s']:.0f} tokens/s ({r['times_the_least']:.2f} x), processor ms a "
-                f"token {r['decoder_cpu_ms_per_token']:.2f} + {r['other_cpu_ms_per_token']:.2f}; fan-out ms under load "
-                f"{busy['first_ms']:.0f} to {busy['last_ms']:.0f} (longest {busy['longest_ms']:.0f}), idle "
-                f"{idle['first_ms']:.0f} to {idle['last_ms']:.0f} (longest {idle['longest_ms']:.0f}), looks alone "
-                f"{r['fan_out_of_looks_alone_ms']:.0f}; pause {busy['pause_ms']:.1f}"
-            )
+        for row in found["rows"]:
+            show(row)
     if args.json:
         write_result(args.json, {"clusters": results}, config)
 

@@ -62,7 +62,7 @@ def address() -> Iterator[str]:
 
 
 async def until(what: str, condition: Callable[[], Awaitable[bool]]) -> None:
-    for _ in range(240):
+    for _ in range(480):
         if await condition():
             return
         await asyncio.sleep(0.25)
