@@ -15,13 +15,14 @@ import time
 from adaptd.actors.parts import draft_learner, load_draft, load_pair
 from adaptd.actors.threads import set_threads
 from adaptd.bench.answers import AnswerPool
-from adaptd.config import load
+from adaptd.config import Config, load
 from adaptd.learning.learner import DraftLearner
 from adaptd.pocket.shipped import pocket_prompts
 from buffers.table import ReplaySample, SampleInfo, Stratum
 from buffers.trace import Trace
 
-STEPS, WARM, TRACES = 10, 3, 64
+STEPS, WARM, TRACES, MAX_TOKENS = 10, 3, 64, 64
+DOMAINS = ("medical", "math", "tools", "code")
 
 
 def learner(sets: list[str], prompt_gradient: bool) -> DraftLearner:
@@ -38,34 +39,44 @@ def sample(trace: Trace, stratum: Stratum) -> ReplaySample:
     return ReplaySample(SampleInfo(1, 1.0, 1.0, 1, 1, stratum), trace)
 
 
+def answers(config: Config) -> AnswerPool:
+    """The target's answers of at most 64 tokens to the shipped prompts, kept in the deployment's folder."""
+    return AnswerPool(
+        load_pair(config, 0.0),
+        {name: pocket_prompts(name) for name in DOMAINS},
+        config.home / "bench",
+        temperature=0.8,
+        max_tokens=MAX_TOKENS,
+        k=config.engine.k,
+        k_top=config.capture.k_top,
+        max_length=config.engine.max_length,
+    )
+
+
+def batch(fresh: list[Trace], anchors: list[Trace], number: int) -> list[ReplaySample]:
+    """What that step learns from: seven traces and one anchor."""
+    recent = [sample(fresh[(5 * number + j) % len(fresh)], "recent") for j in range(7)]
+    return [*recent, sample(anchors[number % len(anchors)], "anchors")]
+
+
 def steps(taught: DraftLearner, fresh: list[Trace], anchors: list[Trace], number: int) -> tuple[float, float]:
     """Processor seconds of a step, and the last loss, of `number` of them."""
     started, loss = time.process_time(), 0.0
     for i in range(number):
-        batch = [sample(fresh[(5 * i + j) % len(fresh)], "recent") for j in range(7)]
-        loss = taught.step([*batch, sample(anchors[i % len(anchors)], "anchors")]).loss
+        loss = taught.step(batch(fresh, anchors, i)).loss
     return (time.process_time() - started) / number, loss
 
 
 def main() -> None:
     """Measure both in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--domain", default="math", choices=("medical", "math", "tools", "code"))
+    parser.add_argument("--domain", default="math", choices=DOMAINS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="over the defaults")
     args = parser.parse_args()
     set_threads(1)
     config = load(None, args.set)
-    pool = AnswerPool(
-        load_pair(config, 0.0),
-        {name: pocket_prompts(name) for name in {args.domain, "medical"}},
-        config.home / "bench",
-        temperature=0.8,
-        max_tokens=64,
-        k=config.engine.k,
-        k_top=config.capture.k_top,
-        max_length=config.engine.max_length,
-    )
+    pool = answers(config)
     fresh, anchors = pool.get(args.domain, TRACES), pool.get("medical", TRACES)
     taught = {on: learner(args.set, on) for on in (True, False)}
     for on in taught:
