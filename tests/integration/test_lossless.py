@@ -56,7 +56,9 @@ def expected(pocket_target: Any, pocket_tokenizer: Any, chosen: list[list[int]])
 
 
 @pytest.mark.parametrize(
-    ("batch", "recalls", "packed"), [(1, False, True), (8, False, False), (8, True, True)], ids=str
+    ("batch", "recalls", "packed"),
+    [(1, False, True), pytest.param(8, False, False, marks=pytest.mark.slow), (8, True, True)],
+    ids=str,
 )
 def test_greedy_output_equals_transformers_on_two_hundred_prompts(
     pocket_target: Any,

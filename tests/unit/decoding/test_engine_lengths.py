@@ -119,7 +119,7 @@ def test_traces_hold_the_targets_candidates_of_every_round(positions: str) -> No
     assert corrections > 3
 
 
-@pytest.mark.parametrize("recalls", [False, True])
+@pytest.mark.parametrize("recalls", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sampled_tokens_have_the_exact_joint_distribution_at_any_length(
     recalls: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ def exact_pairs(target: torch.nn.Module, params: SamplingParams) -> np.ndarray:
     [
         (1, SamplingParams(temperature=1.0, max_tokens=2), False),
         (3, SamplingParams(temperature=0.8, top_p=0.9, top_k=6, max_tokens=2), False),
-        (1, SamplingParams(temperature=1.0, max_tokens=2), True),
+        pytest.param(1, SamplingParams(temperature=1.0, max_tokens=2), True, marks=pytest.mark.slow),
         (3, SamplingParams(temperature=0.8, top_p=0.9, top_k=6, max_tokens=2), True),
     ],
     ids=["plain", "warped", "plain with recall", "warped with recall"],

@@ -43,8 +43,16 @@ def requests(temperature: float, count: int = 10) -> list[DecodeRequest]:
     ]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize(
+    ("kind", "temperature"),
+    [
+        ("llama", 0.0),
+        ("llama", 1.0),
+        ("qwen3", 1.0),
+        pytest.param("mistral", 0.0, marks=pytest.mark.slow),
+        pytest.param("mistral", 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_requests_that_come_and_go_get_the_same_tokens(kind: str, temperature: float) -> None:
     """Batches of one to three rows, filled up to four; lengths over several buckets."""
     captured, plain = engines(kind)
