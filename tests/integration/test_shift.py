@@ -98,6 +98,7 @@ def test_at_temperature_1_the_shortcut_has_the_distribution_of_real_decoding(
     assert error < 0.06 * decoded.mean(), "or the test could not fail"
 
 
+@pytest.mark.slow
 def test_with_recall_the_shortcut_stays_close_to_real_decoding(pair: Pair) -> None:
     """On the very texts of real decoding with recall. In the shortcut a chunk of requests is remembered when all of it
     has ended, in decoding each as it ends: a few per cent are what that may cost."""

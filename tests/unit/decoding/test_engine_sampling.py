@@ -30,7 +30,9 @@ def exact_pairs(target: torch.nn.Module, params: SamplingParams) -> np.ndarray:
     ("k", "params", "recalls"),
     [
         (1, SamplingParams(temperature=1.0, max_tokens=2), False),
-        (3, SamplingParams(temperature=0.8, top_p=0.9, top_k=6, max_tokens=2), False),
+        pytest.param(
+            3, SamplingParams(temperature=0.8, top_p=0.9, top_k=6, max_tokens=2), False, marks=pytest.mark.slow
+        ),
         pytest.param(1, SamplingParams(temperature=1.0, max_tokens=2), True, marks=pytest.mark.slow),
         (3, SamplingParams(temperature=0.8, top_p=0.9, top_k=6, max_tokens=2), True),
     ],
