@@ -214,7 +214,7 @@ class SpeculativeDecoder:
         k = self.k
         if self._lengths is not None and not self._pinned:
             k = self._lengths.choose(self._classes, self.draft_version)
-        if k:
+        if k and self._lengths is not None:
             self._prefill.catch_up(self._rows)
         started = time.perf_counter()
         words = self._play(k)

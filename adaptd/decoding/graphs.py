@@ -67,7 +67,7 @@ class GraphedPasses:
     @property
     def ready(self) -> bool:
         """Whether the cache is there: what is allocated while a pass is captured would be that pass's own."""
-        return all(cast(RaggedLayer, layer).is_initialized for layer in self._cache.layers)
+        return cast(RaggedLayer, self._cache.layers[-1]).is_initialized
 
     def __call__(
         self,
@@ -82,12 +82,12 @@ class GraphedPasses:
     ) -> Tensor:
         """As `ModelRunner.forward` for rows 0 .. B - 1; `writes` [B, Q] are the cache positions that are written."""
         rows, width = tokens.shape
-        size = 1 << (rows - 1).bit_length() if rows > 1 else 1
-        size, fill = min(size, self._cache.slots - 1), max(0, min(size, self._cache.slots - 1) - rows)
-        seen = min(self._cache.capacity, LENGTH_STEP << max(0, (length - 1) // LENGTH_STEP).bit_length())
-        slots = torch.arange(rows + fill, device=tokens.device).masked_fill_(
-            torch.arange(rows + fill, device=tokens.device) >= rows, self._cache.slots - 1
-        )
+        spare = self._cache.slots - 1
+        size = min(1 << (rows - 1).bit_length(), spare)
+        fill = size - rows
+        seen = min(self._cache.capacity, LENGTH_STEP << ((length - 1) // LENGTH_STEP).bit_length())
+        slots = torch.arange(size, device=tokens.device)
+        slots[rows:] = spare
         index = self._cache.index_of(slots, pad(writes, (0, 0, 0, fill)), self._heads)
         given = [pad(tokens, (0, 0, 0, fill)), pad(positions, (0, 0, 0, fill)), index]
         if openness is not None:

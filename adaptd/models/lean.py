@@ -42,6 +42,7 @@ class LeanDecoder:
         self._norm = base.norm
         kinds = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
         heads = config.num_attention_heads, config.num_key_value_heads
+        self._groups = heads[0] // heads[1]
         self._layers = [_Layer(layer, kind, heads) for layer, kind in zip(base.layers, kinds, strict=True)]
         weight = self._embed.weight
         positions = torch.arange(max_length, device=weight.device)[None]
@@ -63,9 +64,11 @@ class LeanDecoder:
         """
         hidden: Tensor = self._embed(tokens)
         rotation = self._cos[positions][:, :, None], self._sin[positions][:, :, None]
-        only = next(iter(masks.values())) if len(masks) == 1 else None
+        # As `grouped_sdpa`: heads that share keys and values are more queries of them.
+        folded = {kind: mask.repeat(1, 1, self._groups, 1) for kind, mask in masks.items()}
+        only = next(iter(folded.values())) if len(folded) == 1 else None
         for index, layer in enumerate(self._layers):
-            mask = masks[layer.kind] if only is None else only
+            mask = folded[layer.kind] if only is None else only
             hidden = layer(hidden, rotation, mask, cache, index)
         if last_only:
             hidden = hidden[:, -1:]
@@ -113,10 +116,7 @@ class _Layer:
             turned[:, :, n_q:].transpose(1, 2), heads[:, :, n_q + n_kv :].transpose(1, 2), index
         )
         groups = n_q // n_kv
-        # As `grouped_sdpa`: heads that share keys and values are more queries of them.
         query = turned[:, :, :n_q].transpose(1, 2).reshape(batch, n_kv, groups * length, self._dim)
-        if groups > 1:
-            mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).reshape(batch, 1, groups * length, -1)
         found = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scale)
         joined = found.view(batch, n_q, length, self._dim).transpose(1, 2).reshape(batch, length, -1)
         out: Tensor = self._o(joined)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
 
 from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
@@ -15,7 +14,7 @@ from buffers.trace import NO_TOKEN, Source
 from policies.draft_length import DraftLength
 from policies.recall import Recall
 from tests.unit.decoding.test_engine_greedy import NEW, VOCAB, case, requests_for
-from tests.unit.decoding.test_engine_sampling import PROMPT, exact_pairs
+from tests.unit.decoding.test_engine_sampling import PROMPT, assert_distributed, exact_pairs
 from tests.unit.decoding.tiny import make_draft, make_model, serve
 
 K, DRAWS = 3, 6144
@@ -140,16 +139,7 @@ def test_sampled_tokens_have_the_exact_joint_distribution_at_any_length(
         capture=CaptureConfig(k_top=3) if recalls else None,
     )
     done = serve(engine, (DecodeRequest(str(number), PROMPT, params) for number in range(DRAWS)))
-    counts = np.zeros((vocab, vocab))
-    for finished in done.values():
-        counts[finished.token_ids] += 1
-    expected = exact_pairs(target, params)
-    assert counts[expected == 0].sum() == 0
-    likely = expected * DRAWS >= 5
-    observed = np.append(counts[likely], counts[~likely].sum())
-    wanted = np.append(expected[likely], expected[~likely].sum()) * DRAWS
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    assert chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 0.01
+    assert_distributed(done.values(), exact_pairs(target, params), DRAWS)
 
 
 def test_a_seed_means_the_same_whatever_lengths_others_are_given() -> None:

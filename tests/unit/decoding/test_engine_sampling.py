@@ -1,5 +1,7 @@
 """Sampling with the whole engine follows the target exactly. Statistical tests at fixed seeds, p > 0.01."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from scipy.stats import chisquare
 
 from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
-from adaptd.decoding.request import DecodeRequest, SamplingParams
+from adaptd.decoding.request import DecodeRequest, Finished, SamplingParams
 from adaptd.decoding.sampling import RowParams, warp
 from policies.recall import Recall
 from tests.unit.decoding.tiny import disturb, make_draft, make_model, make_prompts, serve
@@ -24,6 +26,20 @@ def exact_pairs(target: torch.nn.Module, params: SamplingParams) -> np.ndarray:
         after = target(torch.tensor([[*PROMPT, token] for token in range(VOCAB)])).logits[:, -1]
     second = torch.cat([warp(row[None], rows) for row in after]).double()
     return (first[:, None] * second).numpy()
+
+
+def assert_distributed(answers: Iterable[Finished], expected: np.ndarray, draws: int) -> int:
+    """That pairs of tokens come as often as `expected` [V, V] says (chi-squared); how many cells were compared."""
+    counts = np.zeros_like(expected)
+    for finished in answers:
+        counts[finished.token_ids] += 1
+    assert counts[expected == 0].sum() == 0
+    likely = expected * draws >= 5
+    observed = np.append(counts[likely], counts[~likely].sum())
+    wanted = np.append(expected[likely], expected[~likely].sum()) * draws
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    assert chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 0.01
+    return len(observed)
 
 
 @pytest.mark.parametrize(
@@ -65,17 +81,7 @@ def test_the_first_two_tokens_have_the_exact_joint_distribution_with_swaps_in_be
         found = recall.look(torch.tensor([PROMPT]), torch.tensor([len(PROMPT)]))
         assert found.weights.amax() > 0, "the test needs proposals with something recalled in them"
 
-    counts = np.zeros((VOCAB, VOCAB))
-    for finished in done.values():
-        counts[finished.token_ids] += 1
-    expected = exact_pairs(target, params)
-    assert counts[expected == 0].sum() == 0
-    likely = expected * DRAWS >= 5
-    observed = np.append(counts[likely], counts[~likely].sum())
-    wanted = np.append(expected[likely], expected[~likely].sum()) * DRAWS
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    assert len(observed) > 15
-    assert chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 0.01
+    assert assert_distributed(done.values(), exact_pairs(target, params), DRAWS) > 15
 
 
 def _fields(params: SamplingParams) -> dict[str, object]:
