@@ -154,6 +154,8 @@ class GateConfig(_Section):
     """No domain may lose more than this, relative."""
     exchange: float = Field(0.1, ge=0)
     """A domain may lose more, up to this share of what is surely gained, but not below the day-0 draft."""
+    gone_loss: float = Field(0.15, ge=0)
+    """How far below the day-0 draft a domain may fall that is not asked any more; it has to be won back when it is."""
     min_traces: int = Field(8, ge=2)
     """Reserved traces below which nothing is decided."""
     max_traces: int = Field(64, ge=2)

@@ -11,9 +11,10 @@ three times the rate. Each decision sees its own random choice of recent reserve
 A candidate counts as what it is by name; the table also says what is true of it on all judged traces: the mean gain, and
 that of the domain that gains least, in the candidate of its kind where that is least.
 
-Each decision is taken twice: of a draft that serves every request alike (`plain`, what other engines load), and of one
-that leaves to the day-0 draft what that serves better (`gated`). There a candidate that helps math and ruins the rest does
-no harm, and may be promoted; `served` columns are what it then gains.
+Each decision is taken three times: of a draft that serves every request alike (`plain`, what other engines load), of the
+same where nobody asks medical and tools any more (`gone`: they may fall by `gate.gone_loss`), and of one that leaves to the
+day-0 draft what that serves better (`gated`). There a candidate that helps math and ruins the rest does no harm, and may be
+promoted; `served` columns are what it then gains.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from adaptd.models.scope import AdaptedDraft
 from adaptd.pocket.shipped import pocket_prompts
 from buffers.table import ReplaySample, SampleInfo
 from buffers.trace import Trace
-from policies.gate import GAIN_STRATUM, Score, better_on_floor, judge, served
+from policies.floor import better_on_floor, served
+from policies.gate import GAIN_STRATUM, Score, judge
 
 State = dict[str, Tensor]
 #: What is true of a kind of candidates, over those that there are.
@@ -49,6 +51,7 @@ TRUTHS: Mapping[str, Callable[[Sequence[float]], Any]] = {
     "gain_served": np.mean,
     "worst_served": np.min,
 }
+WAYS = ("plain", "gone", "gated")
 DRAWS, RECENT, GUARDS = 5, 32, 64
 LEARNED = {"math": 120, "medical": 80, "tools": 24}
 JUDGED = {"math": 100, "medical": 80, "tools": 40}
@@ -110,8 +113,8 @@ class Bench:
             learner.step(chosen)
         return learner.average()
 
-    def decide(self, candidate: list[tuple[float, float]], rng: np.random.Generator) -> tuple[bool, bool]:
-        """One decision of the gate, plain and gated, day 0 being incumbent and floor, on a random choice of the judged traces."""
+    def decide(self, candidate: list[tuple[float, float]], rng: np.random.Generator) -> dict[str, bool]:
+        """One decision of the gate in each of the `WAYS`, day 0 being incumbent and floor, on a random choice of traces."""
         math = [i for i, t in enumerate(self.judged) if t.domain == "math"]
         recent = rng.choice(math, RECENT, replace=False)
         others = np.setdiff1d(np.arange(len(self.judged)), recent)
@@ -123,7 +126,7 @@ class Bench:
 
         gate, opened, floor = self.config.gate, chosen(candidate), chosen(self.day0)
 
-        def promoted(scores: list[Score]) -> bool:
+        def promoted(scores: list[Score], gone: Collection[str] = ()) -> bool:
             return judge(
                 scores,
                 floor,
@@ -133,10 +136,16 @@ class Bench:
                 rng=rng,
                 floor=floor,
                 exchange=gate.exchange,
+                gone=gone,
+                gone_loss=gate.gone_loss,
             ).promote
 
         kept = better_on_floor(opened, floor, (), min_traces=gate.min_traces)
-        return promoted(opened), promoted(served(opened, floor, kept))
+        return {
+            "plain": promoted(opened),
+            "gone": promoted(opened, JUDGED.keys() - {"math"}),
+            "gated": promoted(served(opened, floor, kept)),
+        }
 
     def gains(self, candidate: list[tuple[float, float]]) -> dict[str, float]:
         """Relative gain in MAL over day 0 on all judged traces and in the domain that gains least, plain and gated."""
@@ -215,7 +224,7 @@ def measure(bench: Bench, make: Callable[[Bench, State], Iterator[tuple[str, Sta
     found: dict[str, dict[str, Any]] = {}
     rng = np.random.default_rng(seed)
     for kind, state in make(bench, day0):
-        row = found.setdefault(kind, {"decided": 0, "plain": 0, "gated": 0, **{name: [] for name in TRUTHS}})
+        row = found.setdefault(kind, {"decided": 0, **dict.fromkeys(WAYS, 0), **{name: [] for name in TRUTHS}})
         try:
             scores = bench.scores(state)
         except ValueError:
@@ -223,10 +232,9 @@ def measure(bench: Bench, make: Callable[[Bench, State], Iterator[tuple[str, Sta
             row["decided"] += DRAWS
             continue
         for _ in range(DRAWS):
-            plain, gated = bench.decide(scores, rng)
             row["decided"] += 1
-            row["plain"] += plain
-            row["gated"] += gated
+            for way, promoted in bench.decide(scores, rng).items():
+                row[way] += promoted
         for name, value in bench.gains(scores).items():
             row[name].append(value)
         print(kind, {k: v for k, v in row.items() if isinstance(v, int)}, flush=True)
@@ -249,10 +257,12 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench(load(None, [f"state_dir={options.state_dir}", "adapt.request_gate=false", *options.set]))
     table = measure(bench, bad, 0) | measure(bench, good, 1)
-    print(f"\n{'candidate':16} {'decisions':>9} {'plain':>6} {'gated':>6}" + "".join(f" {n:>13}" for n in TRUTHS))
+    ways = "".join(f" {way:>6}" for way in WAYS)
+    print(f"\n{'candidate':16} {'decisions':>9}{ways}" + "".join(f" {n:>13}" for n in TRUTHS))
     for kind, row in table.items():
         truths = "".join(f" {'-' if row[n] is None else f'{row[n]:+.1%}':>13}" for n in TRUTHS)
-        print(f"{kind:16} {row['decided']:>9} {row['plain']:>6} {row['gated']:>6}{truths}")
+        counts = "".join(f" {row[way]:>6}" for way in WAYS)
+        print(f"{kind:16} {row['decided']:>9}{counts}{truths}")
     if options.json:
         options.json.write_text(json.dumps(table, indent=2) + "\n")
 

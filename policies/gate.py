@@ -115,7 +115,7 @@ def paired_bootstrap(
     Returns: the interval; NaN bounds for a single trace, whose resamples cannot vary.
     Raises: ValueError: no scores, scores that do not pair up, resamples or level out of range.
     """
-    _require_pairs(candidate, incumbent)
+    require_pairs(candidate, incumbent)
     if resamples < 1:
         raise ValueError(f"resamples ({resamples}) must be at least 1")
     if not 0.0 < level < 1.0:
@@ -153,6 +153,8 @@ def judge(
     gain_stratum: str = GAIN_STRATUM,
     floor: Sequence[Score] | None = None,
     exchange: float = 0.0,
+    gone: Collection[str] = (),
+    gone_loss: float = 0.0,
 ) -> Verdict:
     """Promote if the gain's lower bound is above `min_gain` and no domain loses more than `max_regression`.
 
@@ -168,6 +170,10 @@ def judge(
     more than `max_regression` below it vetoes as well, unless the candidate is better there than the incumbent, which
     is on the way back.
 
+    A draft that serves every request alike and learns what is asked now can seldom keep all of what is not. A domain whose
+    traffic is gone may therefore be `gone_loss` below the floor, and is held to that alone as long as the incumbent has
+    not won more than that there.
+
     Args:
       candidate, incumbent: [N] scores of the same traces in the same order; reserved traces of the recent window, and
         anchors of every domain.
@@ -178,18 +184,22 @@ def judge(
       gain_stratum: whose traces decide the gain.
       floor: [N] scores of the draft that no domain may fall below, usually that of day 0; None: no such draft.
       exchange: loss that a sure gain of 1 makes up for, at least 0; 0: a loss is a loss.
+      gone: domains that are not asked any more (`policies.floor.gone`).
+      gone_loss: how far below the floor they may be, where that is more than `max_regression`.
 
     Raises: ValueError: scores that do not pair up, or a limit out of range.
     """
-    _require_pairs(candidate, incumbent)
+    require_pairs(candidate, incumbent)
     if floor is not None:
-        _require_pairs(candidate, floor)
+        require_pairs(candidate, floor)
     if not math.isfinite(min_gain):
         raise ValueError(f"min_gain ({min_gain}) must be finite")
     if not max_regression >= 0.0:
         raise ValueError(f"max_regression ({max_regression}) must be at least 0")
     if not exchange >= 0.0:
         raise ValueError(f"exchange ({exchange}) must be at least 0")
+    if not gone_loss >= 0.0:
+        raise ValueError(f"gone_loss ({gone_loss}) must be at least 0")
     if min_traces < 2:
         raise ValueError(f"min_traces ({min_traces}) must be at least 2: one trace has no interval")
 
@@ -208,9 +218,15 @@ def judge(
     by_domain = {domain: interval(rows) for domain, rows in sorted(domains.items())}
     judged = {domain: by_domain[domain] for domain in by_domain if len(domains[domain]) >= min_traces}
     allowed = max(max_regression, exchange * gain.low) if math.isfinite(gain.low) else max_regression
-    losing = [domain for domain, change in judged.items() if change.mean < -max_regression]
+    limits = dict.fromkeys(judged, max_regression)
+    spared: set[str] = set()
+    if floor is not None:
+        won = {domain: _change(incumbent, floor, domains[domain]) for domain in judged if domain in gone}
+        limits |= {domain: max(max_regression, gone_loss) for domain in won}
+        spared = {domain for domain in won if won[domain] <= gone_loss}
+    losing = [domain for domain in judged if judged[domain].mean < -max_regression and domain not in spared]
     worse = [domain for domain in losing if judged[domain].mean < -allowed]
-    sunk = {} if floor is None else _sunk(candidate, floor, domains, judged, max_regression)
+    sunk = {} if floor is None else _sunk(candidate, floor, domains, judged, limits)
     n = len(deciding)
     if n < min_traces:
         found = ", ".join(sorted({score.stratum for score in candidate})) or "none"
@@ -221,40 +237,17 @@ def judge(
         losses = ", ".join(f"{domain} {_percent(judged[domain])}" for domain in worse)
         promote, reason = False, f"gain {_percent(gain)}, but more than {allowed:.1%} is lost on {losses}"
     elif sunk:
-        losses = ", ".join(f"{domain} {change:+.1%}" for domain, change in sunk.items())
-        promote, reason = (
-            False,
-            f"gain {_percent(gain)}, but more than {max_regression:.1%} below the floor on {losses}",
-        )
+        losses = ", ".join(f"{domain} {change:+.1%} (limit {limits[domain]:.1%})" for domain, change in sunk.items())
+        promote, reason = False, f"gain {_percent(gain)}, but too far below the floor: {losses}"
     else:
         promote, reason = True, f"gain {_percent(gain)} on {n} traces; no domain loses more than {allowed:.1%}"
+        lost = [d for d in sorted(spared) if judged[d].mean < -allowed]
+        if lost:
+            reason += f" but {', '.join(f'{d} {_percent(judged[d])}' for d in lost)}, not asked any more"
     silent = ", ".join(f"{domain} ({len(domains[domain])})" for domain in by_domain if domain not in judged)
     if silent:
         reason += f"; too few traces to veto: {silent}"
     return Verdict(promote, reason, gain, by_domain, n, losers=tuple(dict.fromkeys([*losing, *sunk])))
-
-
-def better_on_floor(
-    opened: Sequence[Score], floor: Sequence[Score], kept: Collection[str], *, min_traces: int
-) -> frozenset[str]:
-    """Domains that the floor serves at least as well as the candidate, for a draft that can leave a domain to the floor.
-
-    Args:
-      opened, floor: [N] scores of candidate and floor on the same traces.
-      kept: domains that the floor serves now; one with fewer than `min_traces` traces stays as it is.
-    """
-    _require_pairs(opened, floor)
-    lost: defaultdict[str, list[float]] = defaultdict(list)
-    for o, f in zip(opened, floor, strict=True):
-        # The same tokens in more rounds: a shorter acceptance.
-        lost[o.domain].append(o.rounds - f.rounds)
-    found = {d for d, rounds in lost.items() if (sum(rounds) >= 0 if len(rounds) >= min_traces else d in kept)}
-    return frozenset(found | (set(kept) - lost.keys()))
-
-
-def served(opened: Sequence[Score], floor: Sequence[Score], kept: Collection[str]) -> list[Score]:
-    """Scores of a draft that leaves the domains `kept` to the floor."""
-    return [f if f.domain in kept else o for o, f in zip(opened, floor, strict=True)]
 
 
 def _sunk(
@@ -262,17 +255,21 @@ def _sunk(
     floor: Sequence[Score],
     domains: Mapping[str, Sequence[int]],
     judged: Mapping[str, Interval],
-    max_regression: float,
+    limits: Mapping[str, float],
 ) -> dict[str, float]:
     """Domains that stay too far below the floor, with their relative distance to it; those that recover are left out."""
     found = {}
     for domain, change in judged.items():
-        rows = domains[domain]
-        counts = [(candidate[r].emitted, candidate[r].rounds, floor[r].emitted, floor[r].rounds) for r in rows]
-        distance = float(_relative_gain(np.array(counts, dtype=np.float64).sum(0)))
-        if distance < -max_regression and not change.mean > 0.0:
+        distance = _change(candidate, floor, domains[domain])
+        if distance < -limits[domain] and not change.mean > 0.0:
             found[domain] = distance
     return found
+
+
+def _change(scores: Sequence[Score], other: Sequence[Score], rows: Sequence[int]) -> float:
+    """Relative gain of `scores` over `other` on the traces `rows`."""
+    counts = [(scores[r].emitted, scores[r].rounds, other[r].emitted, other[r].rounds) for r in rows]
+    return float(_relative_gain(np.array(counts, dtype=np.float64).sum(0)))
 
 
 class LiveWatch:
@@ -380,7 +377,8 @@ def _require_share(name: str, value: float) -> None:
         raise ValueError(f"{name} ({value}) must be an acceptance share within [0, 1]")
 
 
-def _require_pairs(candidate: Sequence[Score], incumbent: Sequence[Score]) -> None:
+def require_pairs(candidate: Sequence[Score], incumbent: Sequence[Score]) -> None:
+    """Raises ValueError unless both are scores of the same traces in the same order."""
     if len(candidate) != len(incumbent):
         raise ValueError(
             f"candidate ({len(candidate)} scores) and incumbent ({len(incumbent)}) must score the same traces"

@@ -18,7 +18,8 @@ from adaptd.config import GateConfig
 from adaptd.learning.evaluate import Rule, profiles
 from adaptd.learning.learner import DraftLearner
 from buffers.table import ReplaySample, ReplayTable
-from policies.gate import GAIN_STRATUM, Score, Verdict, better_on_floor, judge, served
+from policies.floor import better_on_floor, gone, served
+from policies.gate import GAIN_STRATUM, Score, Verdict, judge
 
 #: Reserved traces that a decision looks through, and guards that it reads, in multiples of `gate.max_traces`.
 _READ, _GUARDS = 8, 2
@@ -37,11 +38,13 @@ class Ruling:
     """Stratum of the gate, trace."""
     opened: Sequence[Score]
     """The candidate's scores on them, in no domain the day-0 draft's."""
+    gone: frozenset[str] = frozenset()
+    """Domains that are not asked any more."""
 
     @property
     def report(self) -> dict[str, Any]:
         """For the manifest and `adaptd status`."""
-        return self.verdict.as_dict() | {"on_base": sorted(self.on_base)}
+        return self.verdict.as_dict() | {"on_base": sorted(self.on_base), "gone": sorted(self.gone)}
 
 
 class Jury:
@@ -78,7 +81,7 @@ class Jury:
 
     def judge(self, candidate: Mapping[str, Tensor]) -> Ruling:
         """The gate's verdict on a candidate; all its tensors are finite."""
-        samples, gate = self._samples(), self._gate
+        (samples, absent), gate = self._samples(), self._gate
         opened = self._scored(samples, candidate)
         floor = self._once_scored(samples, {}, self._floor_scores)
         known = self._once_scored(samples, self.incumbent, self._incumbent_scores) if self.incumbent else floor
@@ -96,8 +99,10 @@ class Jury:
             level=gate.level,
             floor=floor,
             exchange=gate.exchange,
+            gone=absent,
+            gone_loss=gate.gone_loss,
         )
-        return Ruling(verdict, on_base, samples, opened)
+        return Ruling(verdict, on_base, samples, opened, absent)
 
     def accept(self, candidate: Mapping[str, Tensor], ruling: Ruling) -> None:
         """The candidate serves from now on."""
@@ -105,9 +110,9 @@ class Jury:
         scored = zip(ruling.samples, ruling.opened, strict=True)
         self._incumbent_scores = {sample.info.key: score for (_, sample), score in scored}
 
-    def _samples(self) -> list[Sample]:
+    def _samples(self) -> tuple[list[Sample], frozenset[str]]:
         """Nothing ever learned from these. The newest of the domains that are asked now decide the gain; those of every other
-        domain guard it."""
+        domain guard it. And the domains that are not asked any more."""
         limit, least = self._gate.max_traces, self._gate.min_traces
         reserved = sorted(self._table.all("reserved", _READ * limit), key=lambda s: s.info.key, reverse=True)
         by_domain: dict[str, list[ReplaySample]] = {}
@@ -117,7 +122,8 @@ class Jury:
         each = min(limit // 2, max(least, _GUARDS * limit // max(1, len(by_domain) - len(now))))
         deciding = [s for s in reserved if s.trace.domain in now][:limit]
         guards = [s for domain, found in by_domain.items() if domain not in now for s in found[:each]]
-        return [(GAIN_STRATUM, s) for s in deciding] + [("guard", s) for s in guards]
+        samples = [(GAIN_STRATUM, s) for s in deciding] + [("guard", s) for s in guards]
+        return samples, gone([s.trace.domain for s in reserved])
 
     def _scored(self, samples: Sequence[Sample], tensors: Mapping[str, Tensor]) -> list[Score]:
         draft = self._learner.draft
@@ -137,8 +143,8 @@ class Jury:
         self, samples: Sequence[Sample], tensors: Mapping[str, Tensor], known: dict[int, Score]
     ) -> list[Score]:
         """Scores of a version that stays, kept in `known` by trace: each trace is scored once, those gone are forgotten."""
-        for gone in known.keys() - {s.info.key for _, s in samples}:
-            del known[gone]
+        for key in known.keys() - {s.info.key for _, s in samples}:
+            del known[key]
         missing = [pair for pair in samples if pair[1].info.key not in known]
         if missing:
             for (_, sample), score in zip(missing, self._scored(missing, tensors), strict=True):

@@ -240,7 +240,7 @@ def test_a_chain_of_small_losses_is_stopped_at_day_0(
 
     monkeypatch.setattr("adaptd.learning.jury.judge", spy)
     while rig.store.current() is None:
-        day0 = rig.cycle._jury._scored(rig.cycle._jury._samples(), {})
+        day0 = rig.cycle._jury._scored(rig.cycle._jury._samples()[0], {})
         rig.cycle.tick("traces")
     assert floors[-1] == day0, "also while day 0 is the incumbent: a sure gain may buy a loss, but not below it"
     rig.cycle.tick("traces")

@@ -45,7 +45,7 @@ def test_the_domains_asked_now_decide_and_every_other_one_guards_with_reserved_t
     insert(table, answers[:12], "medical")
     insert(table, answers[12:], "code", reserved=False)
     insert(table, answers[12:20], "math")
-    found = jury(table)._samples()
+    found, _ = jury(table)._samples()
     assert {(stratum, s.trace.domain) for stratum, s in found} == {(GAIN_STRATUM, "math"), ("guard", "medical")}
     assert all(s.trace.reserved for _, s in found)
     assert sum(stratum == GAIN_STRATUM for stratum, _ in found) == 8
@@ -96,3 +96,15 @@ def test_scores_of_the_version_that_serves_are_taken_once(answers, monkeypatch) 
     one.judge(one._learner.average())
     one.judge(one._learner.average())
     assert scored == [8, 8, 8], "candidate and day 0, then the candidate alone"
+
+
+def test_the_ruling_says_whose_traffic_is_gone(answers) -> None:
+    table = MemoryTable("test", LIMITS)
+    insert(table, answers[:12], "medical")
+    insert(table, answers[12:14], "math")
+    one = jury(table, request_gate=False)
+    assert one.judge(one._learner.average()).gone == frozenset(), "two in a row may be chance"
+    insert(table, answers[14:], "math")
+    ruling = one.judge(one._learner.average())
+    assert ruling.gone == {"medical"}
+    assert ruling.report["gone"] == ["medical"]

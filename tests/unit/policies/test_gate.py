@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from policies.gate import Interval, LiveWatch, Score, better_on_floor, judge, paired_bootstrap, served
+from policies.floor import better_on_floor, gone, served
+from policies.gate import Interval, LiveWatch, Score, judge, paired_bootstrap
 
 LIMITS = {"min_gain": 0.01, "max_regression": 0.02, "min_traces": 20}
 
@@ -337,7 +338,7 @@ def test_losses_that_add_up_to_less_than_the_floor_are_refused() -> None:
     assert judge(*pair, **LIMITS, rng=rng(), floor=floor_of(pair[0], "medical", 1.01)).promote
     verdict = judge(*pair, **LIMITS, rng=rng(), floor=floor_of(pair[0], "medical", 1 / 0.96))
     assert not verdict.promote
-    assert "more than 2.0% below the floor on medical -4.0%" in verdict.reason
+    assert "too far below the floor: medical -4.0% (limit 2.0%)" in verdict.reason
 
 
 def test_a_domain_below_the_floor_that_recovers_does_not_veto() -> None:
@@ -373,3 +374,50 @@ def test_a_domain_is_left_to_the_floor_where_that_needs_no_more_rounds() -> None
     kept = better_on_floor(opened, floor, {"rare", "math", "absent"}, min_traces=4)
     assert kept == {"medical", "rare", "absent"}, "math is better served by the candidate"
     assert [s.rounds for s in served(opened, floor, kept)] == [4.0] * 5 + [5.0] * 5 + [4.0] * 2
+
+
+def test_a_domain_whose_traffic_is_gone_may_fall_below_the_floor_but_not_far() -> None:
+    """An ungated draft that wins a quarter on math for 8 % of medical, which nobody asks any more."""
+    pair = joined(scores(60, 0.25, 22), scores(80, -0.08, 23, "medical", "guard", noise=0.01))
+    judged = {"floor": pair[1], "exchange": 0.1, "gone_loss": 0.15}
+    refused = judge(*pair, **LIMITS, rng=rng(), **judged)
+    assert not refused.promote, "as long as it is asked"
+    found = judge(*pair, **LIMITS, rng=rng(), **judged, gone={"medical"})
+    assert found.promote
+    assert "loses more than 2.4% but medical -8.0%" in found.reason
+    assert found.reason.endswith("not asked any more")
+    assert found.losers == (), "no anchors are wanted for it"
+    sunk = judge(*pair, **LIMITS, rng=rng(), **judged | {"gone_loss": 0.05}, gone={"medical"})
+    assert not sunk.promote
+    assert "medical -8.0% (limit 5.0%)" in sunk.reason
+    assert sunk.losers == ("medical",)
+    assert not judge(*pair, **LIMITS | {"min_gain": 0.5}, rng=rng(), **judged, gone={"medical"}).promote
+
+
+def test_what_was_won_on_a_domain_is_not_given_up_when_its_traffic_is_gone() -> None:
+    """Tools stands half as high again as day 0: what replay keeps of it is not worth a quarter on math."""
+    pair = joined(scores(60, 0.25, 24), scores(80, -0.08, 25, "tools", "guard", noise=0.01))
+    floor = floor_of(pair[0], "tools", 1 / 1.5)
+    verdict = judge(*pair, **LIMITS, rng=rng(), floor=floor, exchange=0.1, gone={"tools"}, gone_loss=0.15)
+    assert not verdict.promote
+    assert verdict.losers == ("tools",)
+    with pytest.raises(ValueError, match="gone_loss"):
+        judge(*pair, **LIMITS, rng=rng(), gone_loss=-0.1)
+
+
+@pytest.mark.parametrize(
+    ("newest_first", "found"),
+    [
+        (["math"] * 9 + ["medical"] * 20, {"medical"}),
+        (["math"] * 5 + ["medical"] * 5, set()),  # (1/2)^5: chance
+        (["math"] * 7 + ["medical"] * 7, {"medical"}),
+        (["math"] * 40 + ["rare"] + ["math"] * 9, set()),  # one of fifty
+        (["math", "rare"] * 10, set()),
+        (["math"] * 500 + ["rare"] * 3, set()),  # three are too few to have been traffic
+        (["math"] * 100 + ["tools"] * 30 + ["medical"] * 30, {"tools", "medical"}),
+        (["medical"] + ["math"] * 60 + ["medical"] * 60, set()),  # it is back
+        ([], set()),
+    ],
+)
+def test_a_domain_is_gone_when_chance_does_not_explain_its_absence(newest_first: list[str], found: set[str]) -> None:
+    assert gone(newest_first) == found
