@@ -109,6 +109,8 @@ class LearnConfig(_Section):
     """Also learn through what the prompt's tokens leave behind for the answer's: dearer, and no better."""
     threads: int = Field(1, ge=1)
     """CPU threads of the learner."""
+    duty_cycle: float = Field(1.0, gt=0, le=1)
+    """Share of a tick in which the learner works, resting after each step; for a GPU that it shares with decoders."""
     niceness: int = Field(10, ge=0, le=19)
     """Processor priority that learner and publisher give up, 0 (none) to 19; decoders keep theirs."""
 

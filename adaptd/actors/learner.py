@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ class LearnerActor:
     def __init__(self, config: Config, buffer_url: str) -> None:
         log.configure(config.log.level, config.log.style)
         set_threads(config.learn.threads, config.learn.niceness)
+        # Where decoders share the GPU through CUDA's multi-process service their kernels come first; read when CUDA starts.
+        os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")
         device, _ = placement(config, config.ray.learner_gpus)
         draft, identity = load_draft(config, device, "float32", serving=False)
         table = open_table(buffer_url, config.deployment, **config.buffer.model_dump(exclude={"url"}))

@@ -81,6 +81,7 @@ class LearnerCycle:
     Args:
       k: tokens proposed a round by the decoders: the gate scores at this depth.
       clock: seconds since the epoch.
+      pause: waits so many seconds.
       rule: how the engine that serves accepts; the gate scores by it.
     """
 
@@ -97,11 +98,12 @@ class LearnerCycle:
         state_file: Path,
         rng: np.random.Generator,
         clock: Callable[[], float] = time.time,
+        pause: Callable[[float], None] = time.sleep,
         rule: Rule = "rejection",
     ) -> None:
         self._table, self._store, self._learner, self._identity = table, store, learner, identity
         self._learn = learn
-        self._state_file, self._rng, self._clock = state_file, rng, clock
+        self._state_file, self._rng, self._clock, self._pause = state_file, rng, clock, pause
         self._jury = Jury(table, learner, gate, k=k, max_tokens=learn.max_tokens, rng=rng, rule=rule)
         self._hold = 1.0
         self._effort = 1.0
@@ -192,7 +194,9 @@ class LearnerCycle:
         losses = [loss for loss in (self._one_step(pools, report) for _ in range(steps)) if loss is not None]
         if losses:
             report.loss = float(np.mean(losses))
+            asked = time.perf_counter()
             self._decide(report)
+            self._rest(time.perf_counter() - asked)
         self._save()
         self._store.prune(keep, also)
         report.seconds = time.perf_counter() - started
@@ -251,6 +255,7 @@ class LearnerCycle:
                 weights.append(np.ones(len(picks)))
             chosen += picks
         step = self._learner.step(chosen, np.concatenate(weights))
+        self._rest(step.seconds)
         report.tokens += step.tokens
         if step.skipped:
             report.skipped_steps += 1
@@ -261,6 +266,11 @@ class LearnerCycle:
         self._phase_steps += 1
         self._table.update_priorities(step.priorities)
         return step.loss
+
+    def _rest(self, worked_s: float) -> None:
+        """Leaves processor or GPU to others, so that over a tick the learner has `learn.duty_cycle` of it."""
+        if self._learn.duty_cycle < 1.0:
+            self._pause(worked_s * (1.0 / self._learn.duty_cycle - 1.0))
 
     def _restart(self, reason: str) -> None:
         self._learner.restart(self._jury.incumbent)

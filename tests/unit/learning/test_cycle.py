@@ -33,6 +33,7 @@ class Rig:
 
     def __init__(self, home: Path, gate: GateConfig = GATE, learn: LearnConfig = LEARN) -> None:
         self.home = home
+        self.pauses: list[float] = []
         self.table = MemoryTable("test", LIMITS)
         self.store = CheckpointStore(home / "checkpoints")
         self.draft = AdaptedDraft(tiny(7), ScopeConfig(width=32, lora_rank=4))
@@ -48,6 +49,7 @@ class Rig:
             k=K,
             state_file=home / "learner" / "state.safetensors",
             rng=np.random.default_rng(0),
+            pause=self.pauses.append,
         )
 
     def fill(self, traces: list[Trace]) -> None:
@@ -258,3 +260,28 @@ def test_a_candidate_that_is_not_finite_never_reaches_the_gate(
     assert report.verdict is None
     assert rig.cycle.totals["restarts"] == 1
     assert rig.store.current() is None
+
+
+def test_a_learner_with_a_duty_cycle_rests_in_proportion_to_its_work(tmp_path, traces, monkeypatch) -> None:
+    rig = Rig(tmp_path, learn=LEARN.model_copy(update={"duty_cycle": 0.25}))
+    worked: list[float] = []
+    step = rig.learner.step
+
+    def timed(*given: Any) -> StepReport:
+        report = step(*given)
+        worked.append(report.seconds)
+        return report
+
+    monkeypatch.setattr(rig.learner, "step", timed)
+    rig.fill(traces)
+    rig.cycle.tick("traces")
+    assert rig.pauses[:-1] == pytest.approx([3 * seconds for seconds in worked])
+    assert rig.pauses[-1] > 0, "and after the gate's look"
+    assert len(worked) == LEARN.steps_per_tick
+
+
+def test_by_default_a_learner_does_not_rest(tmp_path, traces) -> None:
+    rig = Rig(tmp_path)
+    rig.fill(traces)
+    rig.cycle.tick("traces")
+    assert rig.pauses == []
