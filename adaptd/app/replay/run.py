@@ -54,7 +54,7 @@ def run(config: Config, paths: Sequence[str], options: ReplayOptions, report: Pa
       LogRefused: a log cannot be replayed, or there is nothing in it to learn from.
       AdaptdError: a daemon runs on this deployment, its folder cannot be written, or the buffer cannot be reached.
     """
-    files = expand(paths)
+    files, config = expand(paths), nothing_gone(config)
     report.mkdir(parents=True, exist_ok=True)
     # An age is another time in every run.
     about = dataclasses.asdict(options) | {"fresh": None, "since": options.since_said}
@@ -70,6 +70,13 @@ def run(config: Config, paths: Sequence[str], options: ReplayOptions, report: Pa
             console.print(f"wrote {path}")
         work.remove()
     return found
+
+
+def nothing_gone(config: Config) -> Config:
+    """What a log once asked may be asked again, and its files may hold a domain each: `gate.gone_loss` is 0 unless it is set."""
+    if "gone_loss" in config.gate.model_fields_set:
+        return config
+    return config.model_copy(update={"gate": config.gate.model_copy(update={"gone_loss": 0.0})})
 
 
 def _stages(
