@@ -71,11 +71,20 @@ class TrainedHead(HeadCorrection):
     """The training form, and the serving form of a gated correction: the head is replaced by a `LowRankHead`."""
 
     def __init__(
-        self, model: PreTrainedModel, name: str, rank: int, with_bias: bool, gated: bool, openness: Openness
+        self,
+        model: PreTrainedModel,
+        name: str,
+        rank: int,
+        with_bias: bool,
+        gated: bool,
+        openness: Openness,
+        *,
+        serving: bool = False,
     ) -> None:
         head = _linear(model, name)
         super().__init__(name, head, rank, with_bias, gated)
-        model.set_submodule(name, LowRankHead(head, self.down, self.up, self.bias, self.gate, openness))
+        kind = WideHead if serving and self.gate is not None and head.weight.dtype is torch.float32 else LowRankHead
+        model.set_submodule(name, kind(head, self.down, self.up, self.bias, self.gate, openness))
         _untie(model)
 
     def refresh(self) -> None:
@@ -119,6 +128,49 @@ class LowRankHead(nn.Module):
         if self.bias is not None:
             total = total + self.bias if gate is None else torch.addmm(total, gate.flatten(0, -2), self.bias[None])
         return total.view_as(logits)
+
+
+class WideHead(LowRankHead):
+    """The same in two products: what reads h is one matrix, [N + r + 1, H], and up and bias another, [N, r + 1].
+
+    The tensors become views of these two: no memory is held twice, and what is copied into a tensor is copied here.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        down: nn.Parameter,
+        up: nn.Parameter,
+        bias: nn.Parameter | None,
+        gate: nn.Parameter | None,
+        openness: Openness,
+    ) -> None:
+        super().__init__(base, down, up, bias, gate, openness)
+        if gate is None:
+            raise ValueError("gate (None) must be there: a correction without one is merged")
+        size, rank = up.shape
+        self._size = size
+        self._inner = torch.cat([base.weight.detach(), down.detach(), gate.detach()])
+        self._inner_bias = None if base.bias is None else torch.cat([base.bias.detach(), up.new_zeros(rank + 1)])
+        self._outer = torch.cat([up.detach(), up.new_zeros(size, 1) if bias is None else bias.detach()[:, None]], 1)
+        base.weight.data, down.data, gate.data = (
+            self._inner[:size],
+            self._inner[size : size + rank],
+            self._inner[size + rank :],
+        )
+        up.data = self._outer[:, :rank]
+        if bias is not None:
+            bias.data = self._outer[:, rank]
+
+    def forward(self, h: Tensor) -> Tensor:
+        """lm_head(h) + g (up (down h) + b)."""
+        read = functional.linear(h, self._inner, self._inner_bias)
+        low = read[..., self._size :].clone()
+        gate = self._openness.scale(opened(GATE_GAIN * low[..., -1:]))
+        low[..., -1] = 1.0
+        low *= gate
+        total = torch.addmm(read[..., : self._size].flatten(0, -2), low.flatten(0, -2), self._outer.T)
+        return total.view(*h.shape[:-1], self._size)
 
 
 class MergedHead(HeadCorrection):

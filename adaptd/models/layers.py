@@ -26,6 +26,8 @@ _FFN_SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("c_fc",), "c_proj"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
 )
+#: Children that architectures feed with one tensor, in the order in which they are called.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
 
 

@@ -8,7 +8,8 @@ hot swaps work as they do there. Architectures that it does not know go through 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from adaptd.models.cache import FULL, GROUPED_SDPA, RaggedCache
-from adaptd.models.packed import Packed, PackedLinear
+from adaptd.models.lora import LoraLayer
+from adaptd.models.packed import PackedLinear
 
 #: Architectures whose layer is: norm, attention with rotary positions, add, norm, feed-forward, add.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")
@@ -84,7 +86,7 @@ class _Layer:
         self._q, self._k, self._v, self._o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
         self._norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
         self._dim, self._scale = int(attention.head_dim), float(attention.scaling)
-        self._stacked = _stacked(self._q, self._k, self._v)
+        self._read = _stacked(self._q, self._k, self._v) or self._apart
         self._mlp, self._down = mlp, getattr(mlp, "down_proj", None)
         self._gated = (
             _stacked(mlp.gate_proj, mlp.up_proj) if isinstance(getattr(mlp, "act_fn", None), nn.SiLU) else None
@@ -100,11 +102,7 @@ class _Layer:
         self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor, cache: RaggedCache, index: int
     ) -> Tensor:
         batch, length, _ = x.shape
-        if self._stacked is not None:
-            read = self._stacked.product(x, first=True, last=True)
-        else:
-            read = torch.cat((self._q(x), self._k(x), self._v(x)), -1)
-        heads = read.view(batch, length, -1, self._dim)
+        heads = self._read(x).view(batch, length, -1, self._dim)
         n_q, n_kv = self._heads
         turned = heads[:, :, : n_q + n_kv]
         if self._norms[0] is not None:
@@ -122,11 +120,14 @@ class _Layer:
         out: Tensor = self._o(joined)
         return out
 
+    def _apart(self, x: Tensor) -> Tensor:
+        return torch.cat((self._q(x), self._k(x), self._v(x)), -1)
+
     def _feed(self, x: Tensor) -> Tensor:
         if self._gated is None or self._down is None:
             whole: Tensor = self._mlp(x)
             return whole
-        gate, up = self._gated.product(x, first=True, last=True).chunk(2, -1)
+        gate, up = self._gated(x).chunk(2, -1)
         out: Tensor = self._down(silu(gate).mul_(up))
         return out
 
@@ -148,10 +149,13 @@ def _plain(model: nn.Module) -> Any:
     return found.get_base_model() if hasattr(found, "get_base_model") else found
 
 
-def _stacked(*layers: nn.Module) -> Packed | None:
+def _stacked(*layers: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The one product of all these layers, if there is one."""
-    shared = {layer.packed for layer in layers if isinstance(layer, PackedLinear)}
-    return shared.pop() if len(shared) == 1 and all(isinstance(layer, PackedLinear) for layer in layers) else None
+    packed = {layer.packed for layer in layers if isinstance(layer, PackedLinear)}
+    wide = {layer.wide for layer in layers if isinstance(layer, LoraLayer)}
+    if len(packed) == 1 and all(isinstance(layer, PackedLinear) for layer in layers):
+        return partial(packed.pop().product, first=True, last=True)
+    return wide.pop() if len(wide) == 1 and all(isinstance(layer, LoraLayer) for layer in layers) else None
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:

@@ -1,14 +1,14 @@
 """Low-rank adaptation (Hu et al., 2021) of linear layers: W' = W + (alpha / rank) B A.
 
-Training form: peft, unmerged. Serving form: one matrix a layer, the cost of the base; under a request gate, whose rows get
-more or less of it, A and B stay beside the layer. A [rank, in] starts random, B
-[out, rank] at zero. Tensors are named `<layer>.lora_A.weight` and `<layer>.lora_B.weight`: with the prefix
-`base_model.model.` these are the names in a peft adapter file.
+Training form: peft, unmerged. Serving form: one matrix a layer, the cost of the base; under a request gate, whose
+rows get more or less of it, A and B stay beside the layer, in two products for all layers that read the same
+(`WideLora`). A [rank, in] starts random, B [out, rank] at zero. Tensors are named `<layer>.lora_A.weight` and
+`<layer>.lora_B.weight`: with the prefix `base_model.model.` these are the names in a peft adapter file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adaptd.models.layers import weight_of
+from adaptd.models.layers import SIBLINGS, bias_of, weight_of
 from adaptd.models.part import Part, learned
 from adaptd.models.request_gate import Openness
 
@@ -105,15 +105,35 @@ class GatedLora(Lora):
         self, model: PreTrainedModel, layers: Mapping[str, nn.Module], rank: int, alpha: float, openness: Openness
     ) -> None:
         super().__init__(layers, rank, alpha)
+        placed: dict[str, LoraLayer] = {}
         for name, layer in layers.items():
             rows, columns = weight_of(layer).shape
             device = weight_of(layer).device
             down = self.add(f"{name}.lora_A.weight", learned(rank, columns, device=device), random=True, matrix=True)
             up = self.add(f"{name}.lora_B.weight", learned(rows, rank, device=device), matrix=True)
-            model.set_submodule(name, LoraLayer(layer, down, up, self._scaling, openness))
+            placed[name] = LoraLayer(layer, down, up, self._scaling, openness)
+            model.set_submodule(name, placed[name])
+        for names in groups(placed):
+            members = [placed[name] for name in names]
+            if all(WideLora.fits(member.base_layer) for member in members):
+                WideLora(members)
 
     def refresh(self) -> None:
         """Nothing to do: A and B act in the forward pass."""
+
+
+def groups(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Layers by name, those together that architectures feed with one tensor."""
+    left, found = dict.fromkeys(names), []
+    for name in list(left):
+        parent, _, own = name.rpartition(".")
+        for siblings in SIBLINGS:
+            together = tuple(f"{parent}.{sibling}" if parent else sibling for sibling in siblings)
+            if own == siblings[0] and all(sibling in left for sibling in together):
+                found.append(together)
+                for sibling in together:
+                    del left[sibling]
+    return found + [(name,) for name in left]
 
 
 class LoraLayer(nn.Module):
@@ -125,10 +145,59 @@ class LoraLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.down, self.up = down, up
-        self._scaling, self._openness = scaling, openness
+        self.scaling, self.openness = scaling, openness
+        self.wide: WideLora | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + s (alpha / rank) B A x."""
+        if self.wide is not None and self.wide.alone:
+            return self.wide(x)
         base: Tensor = self.base_layer(x)
-        low = self._openness.scale(functional.linear(x.float(), self.down)) * self._scaling
+        low = self.openness.scale(functional.linear(x.float(), self.down)) * self.scaling
         return base + functional.linear(low, self.up).to(base.dtype)
+
+
+class WideLora:
+    """LoRA of layers that read the same input, [..., in] to [..., out of all layers], in two products in the place of nine.
+
+    One matrix holds, by rows, the layers' weights and their A's, another the B's as blocks on its diagonal. All of them become
+    views of these two: no memory is held twice, and what is copied into a tensor is copied here.
+    """
+
+    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+        self.alone = len(layers) == 1
+        self._openness, self._scaling = layers[0].openness, layers[0].scaling
+        weights = [weight_of(layer.base_layer) for layer in layers]
+        ranks = [len(layer.down) for layer in layers]
+        self._out = sum(len(weight) for weight in weights)
+        self._inner = torch.cat([*weights, *(layer.down.detach() for layer in layers)])
+        self._outer = weights[0].new_zeros(self._out, sum(ranks))
+        biases = [bias_of(layer.base_layer) for layer in layers]
+        self._bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            parts = [
+                weight.new_zeros(len(weight)) if bias is None else bias
+                for weight, bias in zip(weights, biases, strict=True)
+            ]
+            self._bias = torch.cat([*parts, weights[0].new_zeros(sum(ranks))])
+        row, low = 0, 0
+        for layer, weight, rank in zip(layers, weights, ranks, strict=True):
+            rows, columns = slice(row, row + len(weight)), slice(low, low + rank)
+            self._outer[rows, columns] = layer.up.detach()
+            layer.base_layer.get_parameter("weight").data = self._inner[rows]
+            layer.down.data = self._inner[self._out + low : self._out + low + rank]
+            layer.up.data = self._outer[rows, columns]
+            layer.wide = self
+            row, low = row + len(weight), low + rank
+
+    @staticmethod
+    def fits(layer: nn.Module) -> bool:
+        """Whether a layer's weight can stand in one matrix with the float32 tensors of LoRA."""
+        return type(layer) is nn.Linear and layer.weight.dtype is torch.float32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """W x + s (alpha / rank) B A x of all layers, one behind the other."""
+        read = functional.linear(x, self._inner, self._bias)
+        low = self._openness.scale(read[..., self._out :]) * self._scaling
+        total = torch.addmm(read[..., : self._out].flatten(0, -2), low.flatten(0, -2), self._outer.T)
+        return total.view(*x.shape[:-1], self._out)

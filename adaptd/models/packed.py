@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptd.models.layers import SIBLINGS
+
 #: Layers with fewer weights gain less than the call costs.
 _LEAST = 1 << 16
-#: Children that architectures feed with one tensor, in the order in which they are called.
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Packed:
@@ -127,7 +127,7 @@ def _fits(layer: nn.Linear) -> bool:
 def _groups(children: dict[str, nn.Linear]) -> list[tuple[str, ...]]:
     """The children by name, siblings together where they can be stacked."""
     groups = []
-    for names in _SIBLINGS:
+    for names in SIBLINGS:
         layers = [children.get(name) for name in names]
         kinds = {None if c is None else (c.in_features, c.weight.dtype, c.bias is None) for c in layers}
         if len(kinds) == 1 and None not in kinds:

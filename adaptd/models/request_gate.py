@@ -48,15 +48,21 @@ class Openness:
 class PromptGate(nn.Module):
     """The gate in a model, which carries it as a child (`request_gate`)."""
 
-    def __init__(self, table: Tensor, openness: Openness) -> None:
+    def __init__(self, embedding: nn.Embedding, openness: Openness) -> None:
         super().__init__()
-        self._table = table
+        # In a tuple it is no child of this module; of the weight nothing is kept, which may move into a wider matrix.
+        self._embedding = (embedding,)
+        table = self._table
         self.openness = openness
         self.on_base: frozenset[str] = frozenset()
         """Domains whose requests are kept on the base draft: for them the gate is shut, whatever their prompts."""
         self.weight = learned(1, table.shape[1], device=table.device)
         self.bias = learned(1, device=table.device)
         self.centre = learned(table.shape[1], device=table.device)
+
+    @property
+    def _table(self) -> Tensor:
+        return self._embedding[0].weight.detach()
 
     @property
     def centred(self) -> bool:
@@ -101,7 +107,7 @@ class RequestGate(Part):
             raise ConfigError(
                 f"the input embedding ({type(table).__name__}) is no plain table: set request_gate to false"
             )
-        gate = PromptGate(table.weight.detach(), openness)
+        gate = PromptGate(table, openness)
         self.add("request_gate.weight", gate.weight)
         self.add("request_gate.bias", gate.bias)
         self.add("request_gate.centre", gate.centre)

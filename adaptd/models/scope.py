@@ -199,7 +199,7 @@ class AdaptedDraft:
             if layers and not gate:
                 parts.append(MergedLora(layers, lora_rank, config.lora_alpha, self._base))
             if head and config.gated_head:
-                parts.append(TrainedHead(model, head, rank, config.head_bias, True, openness))
+                parts.append(TrainedHead(model, head, rank, config.head_bias, True, openness, serving=True))
             elif head:
                 parts.append(MergedHead(model, head, rank, config.head_bias))
             return [*parts, *embedding]

@@ -21,6 +21,7 @@ from transformers import (
 from adaptd.decoding.runner import ModelRunner
 from adaptd.models.lean import can_run
 from adaptd.models.packed import can_pack, pack_linears
+from adaptd.models.scope import AdaptedDraft, ScopeConfig
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -89,6 +90,35 @@ def test_the_same_logits(name: str, pack: bool) -> None:
     theirs._lean = None
     for got, right in zip(passes(lean), passes(theirs), strict=True):
         torch.testing.assert_close(got, right, atol=2e-5 * float(right.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj")])
+@pytest.mark.parametrize("name", ["llama", "biases", "qwen3"])
+def test_an_adapted_draft_is_what_transformers_makes_of_it(name: str, targets: tuple[str, ...] | None) -> None:
+    """LoRA on siblings and the head's correction are wide matrices here; transformers calls layer by layer."""
+    draft = AdaptedDraft(model(name), ScopeConfig(width=32, head_rank=8, lora_targets=targets), serving=True)
+    lean, theirs = (ModelRunner(draft.model, slots=3, capacity=64, max_length=60) for _ in range(2))
+    theirs._lean = None
+    for seed in (2, 3):  # learned, and swapped for what was learned then
+        generator = torch.Generator().manual_seed(seed)
+        draft.load({n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in draft.state().items()})
+        for runner in (lean, theirs):
+            runner._openness = torch.tensor([0.0, 0.5, 2.0])[:, None, None]
+        found = [passes(runner) for runner in (lean, theirs)]
+        for got, right in zip(*found, strict=True):
+            torch.testing.assert_close(got, right, atol=2e-5 * float(right.abs().max()), rtol=0)
+
+
+def test_layers_that_read_the_same_are_one_product_where_all_of_them_have_lora() -> None:
+    whole, some = (
+        AdaptedDraft(model("llama"), ScopeConfig(width=32, lora_targets=targets), serving=True).model
+        for targets in (None, ("q_proj", "v_proj"))
+    )
+    together, apart = (m.model.layers[0].self_attn for m in (whole, some))
+    assert together.q_proj.wide is together.k_proj.wide is together.v_proj.wide
+    assert not together.q_proj.wide.alone
+    assert together.o_proj.wide.alone
+    assert apart.q_proj.wide is not apart.v_proj.wide
 
 
 def test_the_same_cache() -> None:
