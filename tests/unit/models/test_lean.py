@@ -92,11 +92,19 @@ def test_the_same_logits(name: str, pack: bool) -> None:
         torch.testing.assert_close(got, right, atol=2e-5 * float(right.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj")])
+@pytest.mark.parametrize(
+    "scope",
+    [
+        ScopeConfig(width=32, head_rank=8),
+        ScopeConfig(width=32, head_rank=8, lora_targets=("q_proj", "v_proj")),
+        ScopeConfig(scope="lora", lora_rank=4, request_gate=True),
+    ],
+    ids=["default", "some layers", "lora everywhere"],
+)
 @pytest.mark.parametrize("name", ["llama", "biases", "qwen3"])
-def test_an_adapted_draft_is_what_transformers_makes_of_it(name: str, targets: tuple[str, ...] | None) -> None:
+def test_an_adapted_draft_is_what_transformers_makes_of_it(name: str, scope: ScopeConfig) -> None:
     """LoRA on siblings and the head's correction are wide matrices here; transformers calls layer by layer."""
-    draft = AdaptedDraft(model(name), ScopeConfig(width=32, head_rank=8, lora_targets=targets), serving=True)
+    draft = AdaptedDraft(model(name), scope, serving=True)
     lean, theirs = (ModelRunner(draft.model, slots=3, capacity=64, max_length=60) for _ in range(2))
     theirs._lean = None
     for seed in (2, 3):  # learned, and swapped for what was learned then
