@@ -83,8 +83,10 @@ class TrainedHead(HeadCorrection):
     ) -> None:
         head = _linear(model, name)
         super().__init__(name, head, rank, with_bias, gated)
-        kind = WideHead if serving and self.gate is not None and head.weight.dtype is torch.float32 else LowRankHead
-        model.set_submodule(name, kind(head, self.down, self.up, self.bias, self.gate, openness))
+        corrected = LowRankHead(head, self.down, self.up, self.bias, self.gate, openness)
+        if serving and self.gate is not None and head.weight.dtype is torch.float32:
+            corrected = WideHead(corrected, self.gate)
+        model.set_submodule(name, corrected)
         _untie(model)
 
     def refresh(self) -> None:
@@ -136,18 +138,9 @@ class WideHead(LowRankHead):
     The tensors become views of these two: no memory is held twice, and what is copied into a tensor is copied here.
     """
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        down: nn.Parameter,
-        up: nn.Parameter,
-        bias: nn.Parameter | None,
-        gate: nn.Parameter | None,
-        openness: Openness,
-    ) -> None:
-        super().__init__(base, down, up, bias, gate, openness)
-        if gate is None:
-            raise ValueError("gate (None) must be there: a correction without one is merged")
+    def __init__(self, head: LowRankHead, gate: nn.Parameter) -> None:
+        base, down, up, bias = head.base, head.down, head.up, head.bias
+        super().__init__(base, down, up, bias, gate, head._openness)
         size, rank = up.shape
         self._size = size
         self._inner = torch.cat([base.weight.detach(), down.detach(), gate.detach()])
