@@ -11,6 +11,7 @@ REQUEST_REFUSED = "request.refused"  # status, code
 REQUEST_FAILED = "request.failed"  # request_id, error
 STATUS_FAILED = "status.failed"  # error
 DECODER_LOST = "decoder.lost"  # decoder, error
+GRAPHS_FAILED = "graphs.failed"  # error, remedy
 DRIFT_DETECTED = "drift.detected"  # domain, before, after, direction
 LEARNER_TICKED = "learner.ticked"  # reason, steps, loss, seconds, tokens_per_s, verdict
 LEARNER_SKIPPED = "learner.skipped"  # reason

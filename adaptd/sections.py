@@ -46,7 +46,7 @@ class EngineConfig(Section):
     threads: int = Field(1, ge=1)
     """CPU threads of one decoder."""
     cuda_graphs: bool = True
-    """Capture the passes of a round as CUDA graphs, a few shapes of each; has no meaning on a CPU."""
+    """Capture a round as two CUDA graphs, the draft's passes and the target's, of a few shapes; no meaning on a CPU."""
     calibrate: bool = True
     """Time the models' passes at start, at each new size of batch and every 10 minutes: about three rounds each."""
 

@@ -118,6 +118,7 @@ class Recall:
         self._gains = torch.zeros(_DOMAINS * self._classes, len(GRID), device=device)
         # Evidence of less than one position decides nothing, more than that decides everything.
         self._gains[:, _FIRST] = 1e-3
+        self._best = torch.zeros(len(self._gains), dtype=torch.int64, device=device)
         self._choose()
 
     @property
@@ -239,7 +240,8 @@ class Recall:
         nothing = self._gains[self._classes - 1 :: self._classes]
         nothing.zero_()
         nothing[:, 0] = 1.0
-        self._best = self._gains.argmax(-1)
+        # In place: a captured look reads it where it is.
+        torch.argmax(self._gains, -1, out=self._best)
 
     def observe(self, history: Tensor, length: Tensor, ids: Tensor, probs: Tensor) -> None:
         """Keep the distributions that were served behind these contexts.

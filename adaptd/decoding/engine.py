@@ -27,13 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from adaptd.decoding.capture import CaptureConfig, Round, RoundPacker, Words
+from adaptd.decoding.drafting import Drafter
 from adaptd.decoding.graphs import Capture
 from adaptd.decoding.prefill import Prefill
 from adaptd.decoding.recall import RecallRound, observe_trace
 from adaptd.decoding.request import DecodeRequest, Delta, Detokenize, Finished, FinishReason
 from adaptd.decoding.row import Row, draw_uniforms
 from adaptd.decoding.runner import ModelRunner, columns
-from adaptd.decoding.sampling import RowParams, choose
+from adaptd.decoding.sampling import RowParams
 from adaptd.decoding.verify import verify
 from adaptd.errors import ContextLengthExceeded, Overloaded
 from adaptd.models.cache import round_up
@@ -58,7 +59,7 @@ class SpeculativeDecoder:
         in any case: its random numbers, and so its tokens, would change with it.
       prefill_tokens: most prompt tokens read a step, over all rows that join together.
       prefix_caching: whether what a prompt has in common with an earlier one is not read again by the target.
-      capture_passes: how the passes of a round are captured (`adaptd.decoding.graphs`); None: they are not.
+      capture_passes: how the draft's passes and the target's are captured (`adaptd.decoding.graphs`); None: they are not.
       draft_version: version of the draft's weights; its owner sets the attribute after a swap.
       clock: unix seconds, for `Trace.created_at`.
     Raises: ValueError: a number is out of range, or a model cannot be decoded this way.
@@ -108,12 +109,13 @@ class SpeculativeDecoder:
         self._packer = RoundPacker(k, min(self._target.vocab_size, self._draft.vocab_size), capture)
         self.device = self._target.device
         self._recall = None if recall is None else RecallRound(recall, capacity, self.device)
+        self._drafter = Drafter(self._draft, self.vocab_size, self._recall)
         self._offsets = torch.arange(-2, k, device=self.device)
         self._rows: list[Row] = []
         self._prefill = Prefill(
             self._target,
             self._draft,
-            self._known_to_draft,
+            self._drafter.known,
             slots=max_batch,
             tokens=prefill_tokens,
             reuse=prefix_caching,
@@ -234,46 +236,29 @@ class SpeculativeDecoder:
         # k proposals, k accept tests, the last token.
         uniforms = draw_uniforms(self._rows, 2 * k + 1, params).to(self.device, non_blocking=True)
 
-        fed, drafted, logits_seen, q_seen = self._last_two, [self._n.new_empty(len(self._rows), 0)], [], []
+        drafted, proposals = None, self._n.new_empty(len(self._rows), 0)
         if k:
             self._draft.open_to(self._rows)
-        for i in range(k):
-            first, last = (0, 2) if i == 0 else (i + 1, i + 2)
-            logits = self._draft.forward(
-                self._known_to_draft(fed),
-                positions[:, first:last],
-                columns(draft_masks, first, last),
-                0,
-                length,
-                last_only=True,
-                of_round=True,
+            drafted = self._drafter.propose(
+                k, self._n, self._last_two, positions, draft_masks, length, uniforms, self._params
             )
-            logits = self._like_target(logits[:, 0])
-            if self._recall is None:
-                proposal, q = choose(logits, params, uniforms[:, i])
-            else:
-                proposal, q = self._recall.propose(self._n, logits, params, uniforms[:, i])
-            fed = proposal[:, None]
-            drafted.append(fed)
-            logits_seen.append(logits)
-            if q is not None:
-                q_seen.append(q)
-        proposals = torch.cat(drafted, 1)
-
+            proposals = drafted.tokens
         fed = torch.cat((self._last_two[:, 1:], proposals), 1)
         logits = self._target.forward(
             fed, positions[:, 1:], columns(target_masks, 1, k + 2), 0, length, last_only=False, of_round=True
         )
-        q = torch.stack(q_seen, 1) if q_seen else None
-        n_accepted, final, p = verify(logits, q, proposals, uniforms[:, k:], params)
+        n_accepted, final, p = verify(
+            logits, None if drafted is None else drafted.q, proposals, uniforms[:, k:], params
+        )
 
         # The token before the final one is the last accepted proposal, or the token this round began with.
         self._last_two = torch.cat((fed.gather(1, n_accepted[:, None]), final[:, None]), 1)
         tokens = torch.cat((proposals, final[:, None]), 1).scatter_(1, n_accepted[:, None], final[:, None])
         if self._recall is not None:
-            self._recall.settle(self._n, p, tokens, n_accepted, params)
+            own, recalled = (None, None) if drafted is None else (drafted.own, drafted.recalled)
+            self._recall.settle(self._n, p, tokens, n_accepted, params, own, recalled)
         self._n = self._n + n_accepted + 1
-        played = Round(logits, torch.stack(logits_seen, 1) if k else None, p, proposals, n_accepted, tokens)
+        played = Round(logits, None if drafted is None else drafted.logits, p, proposals, n_accepted, tokens)
         self.rounds += 1
         return self._packer.pack(played, params, self._observe)
 
@@ -367,16 +352,3 @@ class SpeculativeDecoder:
         self._classes = [row.request.domain for row in rows]
         self._pinned = any(row.pinned for row in rows)
         self._stale = False
-
-    def _like_target(self, logits: Tensor) -> Tensor:
-        """Draft logits [B, V_draft] in the target's width: padding entries cut, or added at probability zero."""
-        missing = self.vocab_size - logits.shape[-1]
-        if missing == 0:
-            return logits
-        return nn.functional.pad(logits, (0, missing), value=-torch.inf)
-
-    def _known_to_draft(self, tokens: Tensor) -> Tensor:
-        """Tokens the draft has an embedding for; a padding entry that only the target has becomes the draft's last."""
-        if self._draft.vocab_size >= self.vocab_size:
-            return tokens
-        return tokens.clamp(max=self._draft.vocab_size - 1)

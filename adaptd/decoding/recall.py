@@ -4,15 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from adaptd.decoding.row import Row
 from adaptd.decoding.sampling import RowParams, inverse_cdf, warp
 from buffers.trace import Trace
 from policies.recall import Recall, Recalled
 from policies.warp import truncate
+
+
+class Asked(NamedTuple):
+    """What a round asks of the recall, B rows."""
+
+    n: Tensor
+    """int64 [B], tokens of each row."""
+    history: Tensor
+    """int64 [B, L], the tokens; proposals are written behind them."""
+    slots: Tensor
+    """int64 [B], whose weights to use."""
+    mixed: Tensor
+    """bool [B], whether anything is mixed into the row's proposals."""
+
+    def filled(self, rows: int) -> list[Tensor]:
+        """The same with rows that know nothing behind them; the first ones' tokens are a copy."""
+        more = rows - len(self.n)
+        history = pad(self.history, (0, 0, 0, more)) if more else self.history.clone()
+        return [pad(self.n, (0, more), value=1), history, pad(self.slots, (0, more)), pad(self.mixed, (0, more))]
 
 
 class RecallRound:
@@ -29,8 +50,6 @@ class RecallRound:
         self._history: Tensor
         self._slots: Tensor
         self._mixed: Tensor
-        self._found: list[Recalled] = []
-        self._own: list[Tensor] = []
 
     def start(self, rows: Sequence[Row]) -> None:
         """The rows that play from now on."""
@@ -43,35 +62,46 @@ class RecallRound:
         mixed = [self.recall.seeded or p.seed is None or p.greedy for p in (row.request.params for row in rows)]
         self._slots = torch.tensor(slots, device=self._device)
         self._mixed = torch.tensor(mixed, device=self._device)
-        self._found.clear()
-        self._own.clear()
 
-    def propose(self, n: Tensor, logits: Tensor, params: RowParams, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def asked(self, n: Tensor) -> Asked:
+        """For proposals behind the first n [B] tokens of each row."""
+        return Asked(n, self._history, self._slots, self._mixed)
+
+    def propose(
+        self, asked: Asked, depth: int, logits: Tensor, params: RowParams, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Recalled]:
         """Draws the next proposal of each row from the draft's distribution with what is recalled mixed in.
 
         Args:
-          n: int64 [B], tokens of each row before this round.
+          depth: proposals of this round before it.
           logits: float32 [B, V], the draft's.
           uniforms: float32 [B] in [0, 1).
-        Returns: tokens int64 [B], and the distribution they were drawn from [B, V].
+        Returns: tokens int64 [B], the distribution they were drawn from [B, V], the draft's own [B, V], and what was recalled.
         """
-        at = n + len(self._found)
+        at = asked.n + depth
         own = warp(logits, params) if params.any_sampled else None
         if own is None or params.any_greedy:
-            sure = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+            sure = torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
             own = sure if own is None else torch.where(params.greedy[:, None], sure, own)
-        found = self.recall.look(self._history, at, self._slots)
-        found = replace(found, weights=found.weights * self._mixed[:, None])
+        found = self.recall.look(asked.history, at, asked.slots)
+        found = replace(found, weights=found.weights * asked.mixed[:, None])
         mixed = self.recall.mix(own, found)
         tokens = inverse_cdf(mixed, uniforms) if params.any_sampled else mixed.argmax(-1)
         if params.any_sampled and params.any_greedy:
             tokens = torch.where(params.greedy, mixed.argmax(-1), tokens)
-        self._history.scatter_(1, at[:, None], tokens[:, None])
-        self._found.append(found)
-        self._own.append(own)
-        return tokens, mixed
+        asked.history.scatter_(1, at[:, None], tokens[:, None])
+        return tokens, mixed, own, found
 
-    def settle(self, n: Tensor, p: Tensor | None, tokens: Tensor, n_accepted: Tensor, params: RowParams) -> None:
+    def settle(
+        self,
+        n: Tensor,
+        p: Tensor | None,
+        tokens: Tensor,
+        n_accepted: Tensor,
+        params: RowParams,
+        own: Tensor | None,
+        recalled: Recalled | None,
+    ) -> None:
         """Weighs the sources by what was emitted, and closes the round.
 
         Args:
@@ -79,23 +109,23 @@ class RecallRound:
           p: float32 [B, k+1, V], the served target distribution; None if every row is greedy.
           tokens: int64 [B, k+1], the accepted prefix and the token after it; what is behind is not read. k may be 0.
           n_accepted: int64 [B].
+          own, recalled: as `Proposals` has them; None if k is 0.
         """
-        k, last = len(self._found), n_accepted[:, None]
-        self._history.scatter_(1, n[:, None] + last, tokens.gather(1, last))
-        if k == 0:
+        k = tokens.shape[1] - 1
+        # What lies behind the token after the accepted ones is not read before it is written again.
+        self._history.scatter_(1, n[:, None] + torch.arange(k + 1, device=tokens.device), tokens)
+        if own is None or recalled is None:
             return
         emitted = tokens[:, :k, None]
-        own = torch.stack(self._own, 1).gather(2, emitted)[..., 0]
-        served = torch.ones_like(own)
+        drafted = own.gather(2, emitted)[..., 0]
+        served = torch.ones_like(drafted)
         if p is not None:
             served = torch.where(params.greedy[:, None], served, p[:, :k].gather(2, emitted)[..., 0])
         reached = torch.arange(k, device=tokens.device) <= n_accepted[:, None]
-        fields = [torch.stack([getattr(f, name) for f in self._found], 1).flatten(0, 1) for name in Recalled.__slots__]
+        parts = (getattr(recalled, name).flatten(0, 1) for name in Recalled.__slots__)
         self.recall.learn(
-            Recalled(*fields), own.flatten(), served.flatten(), tokens[:, :k].flatten(), reached.flatten()
+            Recalled(*parts), drafted.flatten(), served.flatten(), tokens[:, :k].flatten(), reached.flatten()
         )
-        self._found.clear()
-        self._own.clear()
 
 
 def observe_trace(recall: Recall, trace: Trace) -> None:

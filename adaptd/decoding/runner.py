@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from adaptd.decoding.graphs import Capture, GraphedPasses
+from adaptd.decoding.graphs import Capture, Given, Graphs
 from adaptd.decoding.row import Row
 from adaptd.models.cache import RaggedCache, additive_mask, attention_windows, prepare_attention
 from adaptd.models.lean import LeanDecoder, can_run
@@ -24,7 +25,7 @@ class ModelRunner:
       slots: rows of the cache.
       capacity: positions a row.
       max_length: longest sequence decoded.
-      capture: how passes of a round are captured; None: they are run anew each time (as where the model is not `lean`).
+      capture: how what a round does is captured; None: it is run anew each time (as where the model is not `lean`).
     Raises: ValueError: the model has fewer positions than `max_length`, or state that cannot be rolled back.
     """
 
@@ -48,9 +49,9 @@ class ModelRunner:
         if self._lean is None:
             capture = None
         self.cache = RaggedCache(int(text.num_hidden_layers), slots + (capture is not None), capacity, self.device)
-        self.graphs: GraphedPasses | None = None
+        self.graphs: Graphs | None = None
         if self._lean is not None and capture is not None:
-            self.graphs = GraphedPasses(model, self._lean, self.cache, int(text.num_key_value_heads), capture)
+            self.graphs = Graphs(model, self._lean, self.cache, int(text.num_key_value_heads), capture)
         self._last_position = max_length - 1
         self._gate = request_gate(model)
         self._openness: Tensor | None = None
@@ -103,7 +104,7 @@ class ModelRunner:
         # Surplus positions behind the context's end are computed and thrown away; no table has them.
         writes, positions = positions, positions.clamp(max=self._last_position)
         if of_round and self.graphs is not None and self.graphs.ready:
-            return self.graphs(tokens, positions, writes, masks, length, self._openness, last_only=last_only)
+            return self._replayed(self.graphs, tokens, writes, masks, length, last_only)
         self.cache.point(first, writes, length)
         with conditioned(self.model, self._openness):
             if self._lean is not None:
@@ -119,6 +120,27 @@ class ModelRunner:
                     **(self._keep_last if last_only else {}),
                 ).logits
         return (logits[:, -1:] if last_only else logits).float()
+
+    def given(self, graphs: Graphs, positions: Tensor, masks: Mapping[str, Tensor], length: int) -> Given:
+        """Where rows 0 .. B - 1 stand at `positions` [B, Q], for what is captured; arguments as of `forward`."""
+        return graphs.given(positions.clamp(max=self._last_position), positions, masks, length, self._openness)
+
+    def _replayed(
+        self,
+        graphs: Graphs,
+        tokens: Tensor,
+        positions: Tensor,
+        masks: Mapping[str, Tensor],
+        length: int,
+        last_only: bool,
+    ) -> Tensor:
+        rows, kinds = len(tokens), tuple(masks)
+        filled = pad(tokens, (0, 0, 0, graphs.rows(rows) - rows))
+
+        def run(given: Given, more: Sequence[Tensor]) -> Sequence[Tensor]:
+            return (graphs.forward(more[0], given, kinds, last_only=last_only),)
+
+        return graphs.replay((kinds, last_only), self.given(graphs, positions, masks, length), [filled], run)[0][:rows]
 
 
 def columns(masks: Mapping[str, Tensor], first: int, last: int) -> dict[str, Tensor]:

@@ -7,10 +7,11 @@ All functions are batched over rows and never look at a value on the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from adaptd.decoding.request import SamplingParams
 from policies.warp import truncate
@@ -47,6 +48,31 @@ class RowParams:
             top_k=torch.tensor([min(params[i].top_k or vocab_size, vocab_size) for i in cut], device=device),
             top_p=torch.tensor([params[i].top_p if params[i].top_p < 1.0 else 2.0 for i in cut], device=device),
         )
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are read, in order."""
+        return [self.temperature, self.greedy] + (
+            [] if self.truncated is None else [self.truncated, self.top_k, self.top_p]
+        )
+
+    def replaced(self, tensors: Sequence[Tensor]) -> RowParams:
+        """The same with others in the place of `tensors`."""
+        if self.truncated is None:
+            return replace(self, temperature=tensors[0], greedy=tensors[1])
+        temperature, greedy, truncated, top_k, top_p = tensors
+        return replace(self, temperature=temperature, greedy=greedy, truncated=truncated, top_k=top_k, top_p=top_p)
+
+    def filled(self, rows: int) -> RowParams:
+        """The same with sampled rows behind them, for shapes that are few: also where some are truncated, as many as rows."""
+        more = rows - len(self.greedy)
+        full = replace(
+            self, temperature=pad(self.temperature, (0, more), value=1.0), greedy=pad(self.greedy, (0, more))
+        )
+        if self.truncated is None:
+            return full
+        # The first of them again: the same values are written where they were.
+        again = torch.arange(rows, device=self.truncated.device) % len(self.truncated)
+        return replace(full, truncated=self.truncated[again], top_k=self.top_k[again], top_p=self.top_p[again])
 
 
 def warp(logits: Tensor, params: RowParams) -> Tensor:

@@ -80,7 +80,7 @@ def measure(engine: SpeculativeDecoder, clock: Callable[[], float] = time.perf_c
 
     def timed(drafting: bool, first: int, last: int) -> float:
         runner = engine._draft if drafting else engine._target
-        fed = engine._known_to_draft(tokens) if drafting else tokens
+        fed = engine._drafter.known(tokens) if drafting else tokens
         if drafting:
             runner.open_to(rows)
         masks = runner.masks(positions[:, first:last], length)
