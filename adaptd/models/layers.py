@@ -6,7 +6,7 @@ is an error that names what is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,22 @@ _FFN_SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("dense_h_to_4h",), "dense_4h_to_h"),
 )
 #: Children that architectures feed with one tensor, in the order in which they are called.
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
+
+
+def sibling_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Layers by name, those together that architectures feed with one tensor."""
+    left, found = dict.fromkeys(names), []
+    for name in list(left):
+        parent, _, own = name.rpartition(".")
+        for siblings in _SIBLINGS:
+            together = tuple(f"{parent}.{sibling}" if parent else sibling for sibling in siblings)
+            if own == siblings[0] and all(sibling in left for sibling in together):
+                found.append(together)
+                for sibling in together:
+                    del left[sibling]
+    return found + [(name,) for name in left]
 
 
 def base_layer(layer: nn.Module) -> nn.Module:

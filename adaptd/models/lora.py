@@ -8,7 +8,7 @@ rows get more or less of it, A and B stay beside the layer, in two products for 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adaptd.models.layers import SIBLINGS, bias_of, weight_of
+from adaptd.models.layers import bias_of, sibling_groups, weight_of
 from adaptd.models.part import Part, learned
 from adaptd.models.request_gate import Openness
 
@@ -113,27 +113,13 @@ class GatedLora(Lora):
             up = self.add(f"{name}.lora_B.weight", learned(rows, rank, device=device), matrix=True)
             placed[name] = LoraLayer(layer, down, up, self._scaling, openness)
             model.set_submodule(name, placed[name])
-        for names in groups(placed):
+        for names in sibling_groups(placed):
             members = [placed[name] for name in names]
             if all(WideLora.fits(member.base_layer) for member in members):
                 WideLora(members)
 
     def refresh(self) -> None:
         """Nothing to do: A and B act in the forward pass."""
-
-
-def groups(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Layers by name, those together that architectures feed with one tensor."""
-    left, found = dict.fromkeys(names), []
-    for name in list(left):
-        parent, _, own = name.rpartition(".")
-        for siblings in SIBLINGS:
-            together = tuple(f"{parent}.{sibling}" if parent else sibling for sibling in siblings)
-            if own == siblings[0] and all(sibling in left for sibling in together):
-                found.append(together)
-                for sibling in together:
-                    del left[sibling]
-    return found + [(name,) for name in left]
 
 
 class LoraLayer(nn.Module):

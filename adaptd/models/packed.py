@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptd.models.layers import SIBLINGS
+from adaptd.models.layers import sibling_groups
 
 #: Layers with fewer weights gain less than the call costs.
 _LEAST = 1 << 16
@@ -126,11 +126,9 @@ def _fits(layer: nn.Linear) -> bool:
 
 def _groups(children: dict[str, nn.Linear]) -> list[tuple[str, ...]]:
     """The children by name, siblings together where they can be stacked."""
-    groups = []
-    for names in SIBLINGS:
-        layers = [children.get(name) for name in names]
-        kinds = {None if c is None else (c.in_features, c.weight.dtype, c.bias is None) for c in layers}
-        if len(kinds) == 1 and None not in kinds:
-            groups.append(names)
-    together = {name for names in groups for name in names}
-    return groups + [(name,) for name in children if name not in together]
+    found: list[tuple[str, ...]] = []
+    for names in sibling_groups(children):
+        layers = [children[name] for name in names]
+        kinds = {(layer.in_features, layer.weight.dtype, layer.bias is None) for layer in layers}
+        found += [names] if len(kinds) == 1 else [(name,) for name in names]
+    return found
