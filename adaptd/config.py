@@ -128,6 +128,8 @@ class CaptureConfig(_Section):
     """Longest trace, in tokens, cut on the left."""
     reserved_share: float = Field(0.15, ge=0, le=0.5)
     """Share of requests kept for the gate and never trained on."""
+    again: int = Field(0, ge=0, le=16)
+    """Further answers that idle decoders give to each prompt, to learn from; not to greedy or reserved ones."""
     max_pending: int = Field(1024, ge=1)
     """Traces waiting for the buffer; one more drops the oldest."""
 
@@ -288,6 +290,14 @@ class Config(BaseSettings):
     server: ServerConfig = ServerConfig()
     ray: RayConfig = RayConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _has_idle_decoders(self) -> Config:
+        if self.capture.again and self.engine.kind == "vllm":
+            raise ValueError(
+                f"capture.again ({self.capture.again}) is for decoders of adaptd's own, and engine.kind is 'vllm': set it to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_blocks(self) -> Config:

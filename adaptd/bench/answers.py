@@ -25,6 +25,8 @@ from buffers.trace import Trace
 
 _LENGTH = struct.Struct("<Q")
 _CHUNK = 64
+#: Answers to one prompt before those that are given again, at most.
+_AGAIN = 100_000
 
 
 class AnswerPool:
@@ -32,7 +34,7 @@ class AnswerPool:
 
     Args:
       pair: target, day-0 draft (speeds generation up, never changes an answer) and tokenizer.
-      prompts: by domain; answer number i is to prompt i modulo their number, with seed i.
+      prompts: by domain; answer number i is to prompt i modulo their number, with seed i; each can be had `again`.
       home: folder of the cache.
       temperature, max_tokens: of every answer.
       k, k_top: of the decoder that generates, and of its capture.
@@ -69,15 +71,20 @@ class AnswerPool:
         """The first `n` answers of a domain: `read_answers` of what `fill` returns."""
         return read_answers(self.fill(domain, n, progress), n)
 
-    def fill(self, domain: str, n: int, progress: Callable[[int], None] = lambda _: None) -> Path:
+    def fill(self, domain: str, n: int, progress: Callable[[int], None] = lambda _: None, again: int = 0) -> Path:
         """The domain's file, with answers generated where it has fewer than `n`; `progress` is told of new ones.
+
+        Args:
+          again: above 0: the file of the `again`-th other answers to the same prompts (`file_again`).
 
         Raises:
           AdaptdError: there are no prompts of that domain.
         """
         if domain not in self._prompts:
             raise AdaptdError(f"no prompts of domain {domain!r}; there are: {', '.join(sorted(self._prompts))}")
-        path = self._home / f"{domain}-{_digest(self._prompts[domain])}.traces"
+        path = file_again(self._home / f"{domain}-{_digest(self._prompts[domain])}.traces", again)
+        # Other seeds, the same prompts.
+        shift = again * _AGAIN * len(self._prompts[domain])
         path.parent.mkdir(parents=True, exist_ok=True)
         payloads = _read(path)
         if len(payloads) < n:
@@ -85,7 +92,7 @@ class AnswerPool:
                 file.truncate(sum(len(p) + _LENGTH.size for p in payloads))
                 # Whole chunks, so that a cache grown in steps equals one made at once.
                 for start in range(len(payloads), n, _CHUNK):
-                    for trace in self._generate(domain, range(start, start + _CHUNK)):
+                    for trace in self._generate(domain, range(shift + start, shift + start + _CHUNK)):
                         payload = encode(trace)
                         file.write(_LENGTH.pack(len(payload)) + payload)
                     file.flush()
@@ -120,6 +127,11 @@ class AnswerPool:
                 if delta.finished is not None and delta.finished.trace is not None:
                     found[delta.finished.request_id] = delta.finished.trace
         return [found[f"{domain}-{i}"] for i in numbers]
+
+
+def file_again(path: Path, again: int) -> Path:
+    """The file beside an answer file that has the `again`-th other answers; 0: that file itself."""
+    return path.with_name(f"{path.stem}-again{again}{path.suffix}") if again else path
 
 
 def _digest(about: object) -> str:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,8 @@ from buffers.memory_table import MemoryTable
 from buffers.table import NO_KEY, ReplaySample, SampleInfo, TableLimits
 from buffers.trace import Trace, is_reserved
 from checkpoints.store import CheckpointStore
+
+_NONE: Mapping[str, Sequence[Trace]] = MappingProxyType({})
 
 Kind = Literal["frozen", "online", "cycle", "oracle"]
 
@@ -124,8 +127,12 @@ class Learner:
     def prepare(self, answers: Sequence[Trace]) -> None:
         """In front of the stream; only the oracle looks."""
 
-    def observe(self, traces: Sequence[Trace]) -> None:
-        """Traces that the served draft left behind, in order; may change what is served."""
+    def observe(self, traces: Sequence[Trace], again: Mapping[str, Sequence[Trace]] = _NONE) -> None:
+        """Traces that the served draft left behind, in order; may change what is served.
+
+        Args:
+          again: other answers to their prompts, by request id.
+        """
 
     def change_target(self, target_id: str) -> None:
         """The server is restarted with another target: recall lives in its memory. What was learned stays served."""
@@ -158,7 +165,7 @@ class Online(Learner):
         """Learned parameters over the draft's."""
         return self.draft.trainable_fraction
 
-    def observe(self, traces: Sequence[Trace]) -> None:
+    def observe(self, traces: Sequence[Trace], again: Mapping[str, Sequence[Trace]] = _NONE) -> None:
         """One update for each `update_every` traces."""
         for trace in traces:
             self._waiting.append(self.kept(trace))
@@ -195,7 +202,7 @@ class Oracle(Online):
         self.draft.load(self._learner.average())
         self.seconds += time.perf_counter() - started
 
-    def observe(self, traces: Sequence[Trace]) -> None:
+    def observe(self, traces: Sequence[Trace], again: Mapping[str, Sequence[Trace]] = _NONE) -> None:
         """Nothing: it has seen them."""
 
 
@@ -217,10 +224,15 @@ class Cycle(Learner):
         """Learned parameters over the draft's."""
         return self._learning.trainable_fraction
 
-    def observe(self, traces: Sequence[Trace]) -> None:
+    def observe(self, traces: Sequence[Trace], again: Mapping[str, Sequence[Trace]] = _NONE) -> None:
         """Insert, and tick when enough is new."""
         share = self.config.capture.reserved_share
-        kept = [dataclasses.replace(self.kept(t), reserved=is_reserved(t.request_id, share)) for t in traces]
+        kept = []
+        for trace in traces:
+            reserved = is_reserved(trace.request_id, share)
+            kept.append(dataclasses.replace(self.kept(trace), reserved=reserved))
+            # What the gate judges by is asked once: nothing learned may have seen its prompt.
+            kept += [] if reserved else [self.kept(other) for other in again.get(trace.request_id, ())]
         self._table.insert(kept, [t.surprise for t in kept])
         if self._cycle.new_traces() < self.config.learn.min_new_traces:
             return

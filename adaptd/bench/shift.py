@@ -16,7 +16,7 @@ import numpy as np
 
 from adaptd.actors.parts import load_pair
 from adaptd.bench import metrics
-from adaptd.bench.answers import AnswerPool, read_answers
+from adaptd.bench.answers import AnswerPool, file_again, read_answers
 from adaptd.bench.learners import LearnerSpec, build
 from adaptd.bench.run import Run, RunLog, run_key
 from adaptd.bench.stream import Source, Stream, plan
@@ -34,8 +34,8 @@ _DEFAULT_TARGET = "bench"
 CHUNK = 16
 
 
-def fill(config: Config, prompts: Sequence[str], stream: Stream, source: Source, n: int) -> Path:
-    """The file of one source's answers, the first `n` of them generated where they are not there yet."""
+def fill(config: Config, prompts: Sequence[str], stream: Stream, source: Source, n: int, again: int) -> Path:
+    """The file of one source's answers, the first `n` of them generated where they are not there yet, and `again` times anew."""
     answers = AnswerPool(
         load_pair(_with_target(config, source.target), 0.0),
         {source.domain: prompts},
@@ -46,16 +46,24 @@ def fill(config: Config, prompts: Sequence[str], stream: Stream, source: Source,
         k_top=config.capture.k_top,
         max_length=config.engine.max_length,
     )
+    for number in range(1, again + 1):
+        answers.fill(source.domain, n, again=number)
     return answers.fill(source.domain, n)
 
 
 def fill_all(
-    config: Config, prompts: Mapping[str, Sequence[str]], streams: Sequence[Stream], spare: bool, jobs: int
+    config: Config,
+    prompts: Mapping[str, Sequence[str]],
+    streams: Sequence[Stream],
+    spare: bool,
+    jobs: int,
+    again: int = 0,
 ) -> dict[str, Answers]:
     """The files of every stream, by its name; no file is written by two processes.
 
     Args:
-      spare: as many answers again.
+      spare: as many answers more, to be held out.
+      again: other answers to each prompt, in files of their own.
     """
     wanted: dict[tuple[Source, float, int], tuple[Stream, int]] = {}
     for stream in streams:
@@ -66,7 +74,7 @@ def fill_all(
     for source, *_ in wanted:
         if source.domain not in prompts:
             raise ConfigError(f"no prompts of domain {source.domain!r}; there are: {', '.join(sorted(prompts))}")
-    tasks = [(config, prompts[key[0].domain], stream, key[0], n) for key, (stream, n) in wanted.items()]
+    tasks = [(config, prompts[key[0].domain], stream, key[0], n, again) for key, (stream, n) in wanted.items()]
     paths: dict[tuple[Source, float, int], Path] = {}
     keys = list(wanted)
     for index, path in each(fill, tasks, jobs):
@@ -105,6 +113,17 @@ def requests(answers: Answers, stream: Stream, seed: int) -> list[Trace]:
     ]
 
 
+def answers_again(answers: Answers, stream: Stream, seed: int, again: int) -> dict[str, list[Trace]]:
+    """What the target says when it is asked the stream's prompts `again` times, by request id."""
+    found: dict[str, list[Trace]] = {request.request_id: [] for request in requests(answers, stream, seed)}
+    for number in range(1, again + 1):
+        files = {source: file_again(path, number) for source, path in answers.items()}
+        for request in requests(files, stream, seed):
+            other = dataclasses.replace(request, request_id=f"{request.request_id}-again{number}")
+            found[request.request_id].append(other)
+    return found
+
+
 def chunks(answers: Sequence[Trace]) -> Iterator[list[Trace]]:
     """`CHUNK` requests at a time, never of two targets: a server that changes its target is restarted."""
     for _, group in itertools.groupby(answers, key=lambda answer: answer.target_id):
@@ -118,6 +137,7 @@ def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, see
     answers = requests(files, stream, seed)
     learner = build(spec, config, seed)
     learner.prepare(spare_answers(files, stream, seed) if spec.held_out else answers)
+    again = answers_again(files, stream, seed, learner.config.capture.again)
     rng = np.random.default_rng([seed, 0xACCE])
     emitted: list[float] = []
     rounds: list[float] = []
@@ -136,7 +156,7 @@ def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, see
         versions += [learner.version] * len(chunk)
         kept += sum(learner.captured(t) for t in traces)
         positions += sum(t.response_len for t in traces)
-        learner.observe(traces)
+        learner.observe(traces, again)
     trained = learner.trainable_fraction * sum(p.numel() for p in learner.model.parameters())
     return Run(
         stream=stream.name,
@@ -182,7 +202,8 @@ def sweep(
     # The longest first: the last ones decide how long a processor waits at the end.
     tasks.sort(key=lambda task: (task[1].kind == "frozen", task[2]))
     left = [stream for stream in streams if any(task[0] is stream for task in tasks)]
-    files = fill_all(config, prompts, left, any(spec.held_out for spec in specs), jobs)
+    again = max((spec.configured(config).capture.again for spec in specs), default=0)
+    files = fill_all(config, prompts, left, any(spec.held_out for spec in specs), jobs, again)
     for index, run in each(serve, [(config, files[task[0].name], *task) for task in tasks], jobs):
         if known is not None:
             known.add(run_key(config, *tasks[index]), run)

@@ -193,6 +193,7 @@ class SpeculativeDecoder:
             if row.request.request_id == request_id and not row.aborted:
                 # Its slot is between others that are being filled; it is dropped when they become active.
                 row.aborted = True
+                self._prefill.drop_aborted()
                 return self._finished(row, "abort")
         for row in self._prefill.waiting:
             if row.request.request_id == request_id:

@@ -22,6 +22,7 @@ from enum import Enum
 from statistics import median
 from typing import Any, Protocol, TypeVar
 
+from adaptd.decoding.idle import IdleLane, OnFinished
 from adaptd.decoding.loop_stats import LoopStats, SwapResult
 from adaptd.decoding.request import DecodeRequest, Delta, Finished, RequestStats
 from adaptd.errors import DecoderStopped, Overloaded
@@ -116,6 +117,7 @@ class DecodeLoop:
         self._aborts: list[str] = []
         self._swaps: deque[tuple[Callable[[], SwapResult], Future[SwapResult]]] = deque()
         self._deadline: float | None = None
+        self._idle = IdleLane()
         self._calls: deque[tuple[Callable[[Any], Any], Future[Any]]] = deque()
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)
         self._stats = LoopStats(0, 0, engine.draft_version, 0, 0.0, *(0,) * 10, 0.0, 0.0)
@@ -144,6 +146,18 @@ class DecodeLoop:
                 raise ValueError(f"request_id ({request.request_id}) is outstanding; ids must differ")
             self._clients[request.request_id] = _Client(on_delta, on_failed)
             self._queue.append(request)
+            self._wake.notify()
+
+    def submit_idle(self, request: DecodeRequest, on_finished: OnFinished) -> None:
+        """Queues a request that is answered while no other is here, and begins anew if one comes; of many the newest.
+
+        `on_finished` is called as `on_delta` of `submit` is; never, where the loop ends first. Counts as `again` alone.
+
+        Raises: ValueError: what `Engine.check` raises.
+        """
+        self._engine.check(request)
+        with self._wake:
+            self._idle.put(request, on_finished)
             self._wake.notify()
 
     def abort(self, request_id: str) -> None:
@@ -189,7 +203,9 @@ class DecodeLoop:
             return replace(
                 self._stats,
                 queued=len(self._queue),
-                active=self._engine.active,
+                active=self._engine.active - len(self._idle),
+                again=self._idle.answered,
+                callback_errors=self._stats.callback_errors + self._idle.errors,
                 draft_version=self._engine.draft_version,
                 recalled=self._engine.recalled,
                 draft_lengths=self._engine.draft_lengths,
@@ -216,14 +232,14 @@ class DecodeLoop:
 
     def next_action(self) -> Action:
         """What the loop would do now. Swaps come first: the sooner, the fewer rounds run on old weights."""
-        busy = bool(self._queue or self._aborts or self._engine.active)
+        busy = bool(self._queue or self._aborts or self._engine.active > len(self._idle))
         if self._deadline is not None and (not busy or self._clock() >= self._deadline):
             return Action.CLOSE
         if self._swaps:
             return Action.SWAP
         if self._calls:
             return Action.CALL
-        return Action.STEP if busy else Action.WAIT
+        return Action.STEP if busy or self._idle else Action.WAIT
 
     # -- the loop's thread ---------------------------------------------------------------------------------------
 
@@ -252,16 +268,23 @@ class DecodeLoop:
             aborts, self._aborts = self._aborts, []
         for request_id in aborts:
             self._abort(request_id)
+        if self._idle and self._queue:
+            self._idle.give_way(self._engine)
         while self._engine.can_add():
             with self._wake:
                 request = self._queue.popleft() if self._queue else None
             if request is None:
                 break
             self._engine.add(request)
+        if self._engine.active == len(self._idle):
+            self._idle.start(self._engine)
         if not self._engine.active:
             return
         started = self._clock()
         deltas = self._engine.step()
+        if len(self._idle):
+            self._idle.settle(deltas)
+            return
         self._count(deltas, self._clock() - started)
         for delta in deltas:
             self._deliver(delta)

@@ -36,6 +36,8 @@ class LoopStats:
     swap_refusals: int
     last_pause_s: float
     max_pause_s: float
+    again: int = 0
+    """Answers that were given again while nobody asked; they count nowhere else."""
     recalled: int = 0
     """Contexts in the decoder's recall."""
     round_s: float | None = None

@@ -103,6 +103,11 @@ class Prefill:
         if self._slots is not None:
             self._slots.hold(slot, ())
 
+    def drop_aborted(self) -> None:
+        """Reads no further where nobody waits for any of the group any more."""
+        if all(row.aborted for row in self.group):
+            self.group = []
+
     def step(self, active: Sequence[Row]) -> tuple[list[Row], int]:
         """Reads the next chunk.
 

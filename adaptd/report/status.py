@@ -82,7 +82,9 @@ def _series_row(series: dict[str, Any]) -> dict[str, str]:
 
 def _writer_row(decoders: list[dict[str, Any]]) -> str:
     total = {key: sum(d["writer"][key] for d in decoders) for key in ("written", "dropped", "pending")}
-    return f"written {total['written']:,}, dropped {total['dropped']:,}, pending {total['pending']:,}"
+    again = sum(d["engine"]["again"] for d in decoders)
+    of_them = f", {again:,} of prompts asked again" if again else ""
+    return f"written {total['written']:,}{of_them}, dropped {total['dropped']:,}, pending {total['pending']:,}"
 
 
 def _recall_row(decoders: list[dict[str, Any]]) -> str:

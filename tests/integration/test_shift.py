@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from adaptd.actors.parts import Pair
-from adaptd.bench.answers import AnswerPool
+from adaptd.bench.answers import AnswerPool, read_answers
 from adaptd.bench.verify import verify
 from adaptd.config import load
 from adaptd.decoding.build import build_engine, build_recall
@@ -148,6 +148,14 @@ def test_answers_are_kept_and_an_interrupted_run_goes_on(tmp_path: Path, pair: P
     told.clear()
     pool(pair, tmp_path, 1.0, max_tokens=4).get("math", 128, told.append)
     assert not told
+    # Asked once more the same prompts have other answers, in a file beside.
+    beside = pool(pair, tmp_path, 1.0, max_tokens=4).fill("math", 64, again=1)
+    assert beside == path.with_name(f"{path.stem}-again1.traces")
+    others = read_answers(beside, 64)
+    assert [t.tokens[: t.prompt_len].tolist() for t in others] == [
+        t.tokens[: t.prompt_len].tolist() for t in first[:64]
+    ]
+    assert sum(a.response.tolist() != b.response.tolist() for a, b in zip(others, first[:64], strict=True)) > 50
     pool(pair, tmp_path, 0.5, max_tokens=4)
     assert len({p.parent for p in tmp_path.rglob("*.traces")}) == 1
 

@@ -52,6 +52,12 @@ def test_recall_without_any_source_is_refused_and_switched_off_is_not() -> None:
     assert not config.load(None, ["recall.orders=[]", "recall.echo=[]", "recall.enabled=false"]).recall.enabled
 
 
+def test_only_decoders_of_its_own_are_asked_again() -> None:
+    with pytest.raises(ConfigError, match=r"capture.again \(2\) is for decoders of adaptd's own.*set it to 0"):
+        config.load(None, ["capture.again=2", "engine.kind=vllm"])
+    assert config.load(None, ["capture.again=2"]).capture.again == 2
+
+
 def test_an_objective_over_blocks_is_refused_where_corrections_alone_are_captured() -> None:
     with pytest.raises(ConfigError, match=r"acceptance_length needs every position.*capture.positions is 'rejected'"):
         config.load(None, ["learn.objective=acceptance_length", "capture.positions=rejected"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -32,6 +34,19 @@ def test_captured_positions_and_top_k_are_those_of_its_settings(kind: Kind) -> N
     inside = _inside(learner)
     assert len(inside) == len(traces)
     assert all(len(t.topk_ids) == len(t.rejected_at) < t.response_len for t in inside)
+
+
+def test_what_is_answered_again_is_learned_from_but_never_where_the_gate_judges() -> None:
+    sets = {"capture": {"again": 1, "reserved_share": 0.5}, "learn": {"min_new_traces": 1000}}
+    learner = build(LearnerSpec(name="mine", kind="cycle", settings=sets), load(None), 0)
+    traces = [dataclasses.replace(t, request_id=str(i)) for i, t in enumerate(shown(20))]
+    again = {t.request_id: [dataclasses.replace(t, request_id=f"{t.request_id}-again1")] for t in traces}
+    learner.observe(traces, again)
+    inside = _inside(learner)
+    reserved = {t.request_id for t in inside if t.reserved}
+    assert 0 < len(reserved) < 20
+    asked_once = {t.request_id for t in traces} - reserved
+    assert {t.request_id for t in inside} == reserved | asked_once | {f"{name}-again1" for name in asked_once}
 
 
 def test_by_default_everything_is_kept() -> None:

@@ -45,6 +45,20 @@ def test_spare_answers_are_as_many_of_each_target_and_none_of_the_streams(answer
     assert not used & set(spare)
 
 
+def test_prompts_asked_again_have_other_answers_under_names_of_their_own(answers: None) -> None:
+    asked = shift.requests(FILES, STREAM, 0)
+    again = shift.answers_again(FILES, STREAM, 0, 2)
+    assert list(again) == [t.request_id for t in asked]
+    for request in asked:
+        first, second = again[request.request_id]
+        assert (first.request_id, second.request_id) == (f"{request.request_id}-again1", f"{request.request_id}-again2")
+        # The same prompt, so the same number, in the first and the second of the files beside.
+        assert first.draft_version == second.draft_version == request.draft_version
+        assert (first.domain, second.domain) == (f"{request.domain}-again1", f"{request.domain}-again2")
+        assert first.target_id == request.target_id
+    assert all(not found for found in shift.answers_again(FILES, STREAM, 0, 0).values())
+
+
 def test_no_chunk_is_of_two_targets(answers: None) -> None:
     found = list(shift.chunks(shift.requests(FILES, STREAM, 0)))
     assert [len(c) for c in found] == [16, 4, 16, 16, 8]
@@ -54,14 +68,15 @@ def test_no_chunk_is_of_two_targets(answers: None) -> None:
 def test_each_source_is_answered_once_for_all_streams_that_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Source, int]] = []
 
-    def fill(config: Config, prompts: Any, stream: Stream, source: Source, n: int) -> Path:
+    def fill(config: Config, prompts: Any, stream: Stream, source: Source, n: int, again: int) -> Path:
         asked.append((source, n))
+        assert again == 2
         return Path(f"{source.target}-{source.domain}-{stream.temperature}")
 
     monkeypatch.setattr(shift, "fill", fill)
     longer = Stream(name="o", phases=(Phase(mix={"a": 1}, requests=80),))
     hot = longer.model_copy(update={"name": "h", "temperature": 1.5})
-    found = shift.fill_all(load(None), {"a": ["?"]}, [STREAM, longer, hot], False, 1)
+    found = shift.fill_all(load(None), {"a": ["?"]}, [STREAM, longer, hot], False, 1, again=2)
     base, tuned = Source(None, "a"), Source("tuned", "a")
     assert asked == [(base, longer.pool()[base]), (tuned, STREAM.pool()[tuned]), (base, hot.pool()[base])]
     assert found == {

@@ -1,0 +1,43 @@
+"""A daemon whose idle decoders answer its prompts once more: the learner gets them, and nobody else notices."""
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.test_daemon import Served, wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.redis]
+
+ASKED, AGAIN = 8, 2
+
+
+def test_idle_decoders_answer_again_what_they_were_asked(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    # Nothing is learned meanwhile: what the buffer holds is what was answered.
+    settings = {"ADAPTD_CAPTURE__AGAIN": str(AGAIN), "ADAPTD_LEARN__MIN_NEW_TRACES": "1000"}
+    daemon = Served(tmp_path / "state", **settings)
+    try:
+        for i in range(ASKED):
+            daemon.ask(f"What is asthma? {i}", temperature=0.8)
+        daemon.ask("What is asthma?", temperature=0)
+
+        def all_there() -> bool:
+            buffer = daemon.status()["buffer"]
+            judged_by = buffer["sizes"]["reserved"]
+            greedy_too = ASKED + 1
+            least, most = (ASKED - judged_by) * AGAIN, (greedy_too - judged_by) * AGAIN
+            return bool(judged_by and least <= buffer["inserted_total"] - greedy_too <= most)
+
+        wait_for("further answers", all_there)
+        metrics = httpx.get(f"{daemon.url}/metrics", timeout=30).text
+        found = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
+        written = float(found["adaptd_traces_written_total"])
+        assert float(found["adaptd_answers_again_total"]) == written - (ASKED + 1) > 0
+        asked = sum(float(value) for name, value in found.items() if name.startswith("adaptd_requests_total"))
+        assert asked == ASKED + 1, "no request was counted but those of clients"
+        decoders = daemon.status()["decoders"]
+        assert sum(d["engine"]["finished"] for d in decoders) == ASKED + 1
+        assert daemon.stop() == 0
+    finally:
+        daemon.process.kill()
