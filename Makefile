@@ -14,9 +14,8 @@ VLLM_TESTS ?= tests/integration/vllm
 demo: $(STAMP)
 	$(BIN)/adaptd demo --json adaptd-demo/demo.json
 
-# Two processes; what starts clusters and servers stays in one of them (tests/conftest.py).
 test: $(STAMP)
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu and not vllm"
+	$(BIN)/pytest -m "not slow and not gpu and not vllm"
 
 test-all: $(STAMP)
 	$(BIN)/pytest -m "not vllm"
