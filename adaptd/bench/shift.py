@@ -115,12 +115,12 @@ def requests(answers: Answers, stream: Stream, seed: int) -> list[Trace]:
 
 def answers_again(answers: Answers, stream: Stream, seed: int, again: int) -> dict[str, list[Trace]]:
     """What the target says when it is asked the stream's prompts `again` times, by request id."""
-    found: dict[str, list[Trace]] = {request.request_id: [] for request in requests(answers, stream, seed)}
+    found: dict[str, list[Trace]] = {}
     for number in range(1, again + 1):
         files = {source: file_again(path, number) for source, path in answers.items()}
         for request in requests(files, stream, seed):
             other = dataclasses.replace(request, request_id=f"{request.request_id}-again{number}")
-            found[request.request_id].append(other)
+            found.setdefault(request.request_id, []).append(other)
     return found
 
 

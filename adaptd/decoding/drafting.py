@@ -72,7 +72,8 @@ class Drafter:
         asked = None if self._recall is None else self._recall.asked(n)
         graphs = self._runner.graphs
         if graphs is not None and graphs.ready:
-            return self._captured(graphs, k, last_two, positions, masks, length, uniforms[:, :k], params, asked)
+            given = self._runner.given(graphs, positions, masks, length)
+            return self._captured(graphs, given, tuple(masks), k, last_two, uniforms[:, :k], params, asked)
 
         def forward(tokens: Tensor, first: int, last: int) -> Tensor:
             seen = columns(masks, first, last)
@@ -118,16 +119,15 @@ class Drafter:
     def _captured(
         self,
         graphs: Graphs,
+        given: Given,
+        kinds: tuple[str, ...],
         k: int,
         last_two: Tensor,
-        positions: Tensor,
-        masks: Mapping[str, Tensor],
-        length: int,
         uniforms: Tensor,
         params: RowParams,
         asked: Asked | None,
     ) -> Proposals:
-        rows, kinds = len(last_two), tuple(masks)
+        rows = len(last_two)
         size = graphs.rows(rows)
         fill, full = (0, 0, 0, size - rows), params.filled(size)
         row_tensors, recall = full.tensors(), [] if asked is None else asked.filled(size)
@@ -142,7 +142,7 @@ class Drafter:
 
         found = graphs.replay(
             (k, kinds, params.any_greedy, params.any_sampled),
-            self._runner.given(graphs, positions, masks, length),
+            given,
             [pad(last_two, fill), pad(uniforms, fill), *row_tensors, *recall],
             run,
         )
