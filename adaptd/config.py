@@ -63,6 +63,8 @@ class LearnConfig(_Section):
     """Divergence between target and draft, minimised at every captured position, or minus the acceptance length there."""
     rejection_weight: float = Field(1.0, gt=0)
     """Weight of corrections in the loss, against 1 for every other position."""
+    branch_weight: float = Field(1.0, ge=0)
+    """Weight there of each position that was scored behind a rejection (`capture.k_branch`); 0 leaves them out."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """`muon`: Muon on the matrices of private expert and LoRA, AdamW on everything else; `adamw`: AdamW on all."""
     lr: float = Field(3e-3, gt=0)
@@ -124,6 +126,8 @@ class CaptureConfig(_Section):
     """Most likely target tokens kept at each position."""
     k_draft: int = Field(8, ge=1, le=64)
     """Most likely draft tokens kept at a correction."""
+    k_branch: int = Field(32, ge=0, le=256)
+    """Most likely target tokens kept behind each proposal that was rejected or stood behind a rejected one; 0: none."""
     max_tokens: int = Field(2048, ge=16)
     """Longest trace, in tokens, cut on the left."""
     reserved_share: float = Field(0.15, ge=0, le=0.5)

@@ -17,14 +17,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from buffers.errors import CorruptTrace, SchemaMismatch, TruncatedTrace
-from buffers.trace import ARRAY_FIELDS, Trace
+from buffers.trace import NOT_SCALARS, Trace
 
-#: Raise it whenever a field is added, removed or changes meaning; older payloads are then refused by name.
-SCHEMA_VERSION: Final = 1
+#: Raise it whenever a field is added, removed or changes meaning. 2: branches.
+SCHEMA_VERSION: Final = 2
+#: Versions that can be read, all others are refused by name: a trace of version 1 is one of version 2 without branches.
+_READABLE: Final = (1, SCHEMA_VERSION)
 
 _METADATA_KEY: Final = "adaptd_trace"
 _LENGTH_BYTES: Final = 8  # safetensors: little-endian length of the JSON header
-_SCALARS: Final = {f.name: cast("type", f.type) for f in fields(Trace) if f.name not in ARRAY_FIELDS}
+_SCALARS: Final = {f.name: cast("type", f.type) for f in fields(Trace) if f.name not in NOT_SCALARS}
 
 
 def encode(trace: Trace) -> bytes:
@@ -44,8 +46,8 @@ def decode(payload: bytes) -> Trace:
     """
     size = len(payload)
     about = _about(payload)
-    if about.get("schema") != SCHEMA_VERSION:
-        raise SchemaMismatch(f"schema {about.get('schema')!r}, this version reads {SCHEMA_VERSION}", n_bytes=size)
+    if about.get("schema") not in _READABLE:
+        raise SchemaMismatch(f"schema {about.get('schema')!r}, this version reads {_READABLE}", n_bytes=size)
     try:
         arrays: dict[str, NDArray[Any]] = load(payload)
         text = about["scalars"]
@@ -53,8 +55,7 @@ def decode(payload: bytes) -> Trace:
             raise CorruptTrace("checksum does not match", n_bytes=size)
         scalars = {n: math.nan if v is None else v for n, v in json.loads(text).items()}
         _check_scalars(scalars)
-        members: dict[str, Any] = {**arrays, **scalars}
-        trace = Trace(**members)
+        trace = Trace.of(arrays, scalars)
         trace.validate()
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
         raise CorruptTrace(f"{type(exc).__name__}: {exc}", n_bytes=size) from exc

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from buffers.trace import NO_TOKEN, Source, Trace
+from buffers.trace import NO_TOKEN, Branches, Source, Trace
 
 
 def synthetic_trace(
@@ -15,12 +15,15 @@ def synthetic_trace(
     n_response: int = 48,
     n_top: int = 32,
     n_draft_top: int = 8,
+    n_branch: int = 0,
+    n_branch_top: int = 8,
     vocabulary: int = 4096,
     **overrides: Any,
 ) -> Trace:
     """A valid trace of `n_prompt` + `n_response` tokens; about 200 bytes a response position at `n_top` = 32.
 
-    Sources are drawn as corrections (30 %), accepted (60 %) and bonus tokens (10 %). `overrides` replace any field.
+    Sources are drawn as corrections (30 %), accepted (60 %) and bonus tokens (10 %). With `n_branch` above 0 there are
+    branches of 1 to that many tokens. `overrides` replace any field.
     """
     source = rng.choice([0, 1, 2], size=n_response, p=[0.3, 0.6, 0.1]).astype(np.uint8)
     rejected_at = np.flatnonzero(source == Source.CORRECTION).astype(np.int32)
@@ -48,4 +51,12 @@ def synthetic_trace(
         "engine": "native",
         "reserved": False,
     }
+    if n_branch:
+        lens = rng.integers(1, n_branch + 1, len(rejected_at)).astype(np.uint8)
+        first = np.cumsum(lens) - lens
+        tokens = rng.integers(0, vocabulary, lens.sum()).astype(np.uint32)
+        tokens[first] = rejected[rejected_at]
+        best = rng.integers(0, vocabulary, (len(tokens), n_branch_top)).astype(np.uint32)
+        logprobs = -np.sort(rng.exponential(4.0, best.shape)).astype(np.float16)
+        fields["branches"] = Branches(lens, tokens, best, logprobs)
     return Trace(**(fields | overrides))

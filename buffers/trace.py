@@ -7,15 +7,23 @@ logits row ``prompt_len + r - 1``, of the target and of the draft alike. `Trace.
 array; use it instead of writing the arithmetic again.
 
 Letters in shapes: T tokens in all, R = T - prompt_len response positions, K target candidates a position, C corrections
-(rejected proposals), K' draft candidates a correction, H hidden size.
+(rejected proposals), K' draft candidates a correction, U tokens of branches, K'' target candidates behind each of them, H
+hidden size.
 
 Two capture modes share one layout. With every position captured ``topk_ids`` has R rows, one a response position. With
 only rejected positions captured it has C rows, row c belonging to response position ``rejected_at[c]``.
 `Trace.judged_at` gives the response position of each row in both cases.
+
+A verification scores all proposals of a round, also those behind the one that it rejects. A *branch* is that rejected
+proposal and those behind it: text that the draft would have said and the answer does not. Branch c begins at response
+position ``rejected_at[c]``, in the place of the correction, and has ``branches.lens[c]`` tokens; token j of it stands behind
+``tokens[: prompt_len + rejected_at[c]]`` and the j branch tokens before it. Row u of ``branches.topk_ids`` is the target's
+distribution of what follows branch token u.
 """
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any, Final
@@ -48,8 +56,31 @@ ARRAY_FIELDS: "Final[dict[str, tuple[tuple[np.dtype[Any], ...], str]]]" = {
     "rejected_at": ((np.dtype(np.int32),), "C"),
     "draft_topk_ids": ((np.dtype(np.uint32),), "CD"),
     "draft_topk_logprobs": ((np.dtype(np.float16),), "CD"),
+    "branch_lens": ((np.dtype(np.uint8),), "C"),
+    "branch_tokens": ((np.dtype(np.uint32),), "U"),
+    "branch_topk_ids": ((np.dtype(np.uint32),), "UB"),
+    "branch_topk_logprobs": ((np.dtype(np.float16),), "UB"),
     "features": ((np.dtype(np.uint16), np.dtype(np.int8)), "TH"),
 }
+#: Of these the arrays of `Branches`.
+_PREFIX: Final = "branch_"
+#: Fields of a trace that are not scalars.
+NOT_SCALARS: Final = frozenset({*ARRAY_FIELDS, "branches"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Branches:
+    """What was scored behind the rejections of one sequence; see the module docstring."""
+
+    lens: NDArray[np.uint8]  # [C] tokens of each branch
+    tokens: NDArray[np.uint32]  # [U] the branches' tokens, one branch after the other
+    topk_ids: NDArray[np.uint32]  # [U, K''] the target's most likely tokens behind each of them
+    topk_logprobs: NDArray[np.float16]  # same shape; temperature 1, descending
+
+    def take(self, kept: NDArray[np.bool_]) -> "Branches":
+        """Those of some corrections, [C]."""
+        rows = np.repeat(kept, self.lens)
+        return Branches(self.lens[kept], self.tokens[rows], self.topk_ids[rows], self.topk_logprobs[rows])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,6 +111,7 @@ class Trace:
     top_k: int = 0  # 0 is off
     surprise: float = 1.0  # SurpriseRatio seed of the priority, in (0, 1]
     shift: float = math.nan  # representation shift against the anchors
+    branches: Branches | None = None  # where they were captured
     features: NDArray[np.uint16] | NDArray[np.int8] | None = None  # [T, H] target hidden states; uint16 = bfloat16 bits
 
     @property
@@ -110,12 +142,22 @@ class Trace:
         return sum(a.nbytes for a in self.arrays().values())
 
     def arrays(self) -> "dict[str, NDArray[Any]]":
-        """The array fields by name; `features` only where there are any."""
-        return {name: a for name in ARRAY_FIELDS if (a := getattr(self, name)) is not None}
+        """The array fields by name; branches and `features` only where there are any."""
+        found = {name: a for name in ARRAY_FIELDS if (a := getattr(self, name, None)) is not None}
+        if self.branches is not None:
+            found |= {_PREFIX + f.name: getattr(self.branches, f.name) for f in fields(Branches)}
+        return found
+
+    @classmethod
+    def of(cls, arrays: "Mapping[str, NDArray[Any]]", scalars: Mapping[str, Any]) -> "Trace":
+        """The trace of what `arrays` and `scalars` return. Raises TypeError: some are missing, or unknown."""
+        members: dict[str, Any] = {name: a for name, a in arrays.items() if not name.startswith(_PREFIX)}
+        behind = {name.removeprefix(_PREFIX): a for name, a in arrays.items() if name.startswith(_PREFIX)}
+        return cls(**members, **scalars, branches=Branches(**behind) if behind else None)
 
     def scalars(self) -> dict[str, Any]:
         """The other fields by name, JSON-ready but for NaN."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ARRAY_FIELDS}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_SCALARS}
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and rule, if the fields contradict each other."""
@@ -138,6 +180,8 @@ class Trace:
                 if sizes.setdefault(axis, size) != size:
                     raise ValueError(f"{name} has shape {array.shape}; axis {axis} must be {sizes[axis]}")
         self._validate_contents(sizes["R"])
+        if self.branches is not None and (total := int(self.branches.lens.sum())) != sizes["U"]:
+            raise ValueError(f"branch_lens sums to {total}; it must be the {sizes['U']} branch_tokens")
 
     def _validate_contents(self, n_response: int) -> None:
         at = self.rejected_at
@@ -154,6 +198,10 @@ class Trace:
             raise ValueError(f"shift ({self.shift}) must be finite, or NaN where it is not known")
         if not 0.0 < self.surprise <= 1.0:
             raise ValueError(f"surprise ({self.surprise}) must lie in (0, 1]")
+
+    def without_branches(self) -> "Trace":
+        """This trace, of the answer alone; itself if it has no branches."""
+        return self if self.branches is None else replace(self, branches=None)
 
     def truncate_left(self, max_tokens: int) -> "Trace":
         """This trace with at most `max_tokens` tokens, the latest ones; itself if it is short enough.
@@ -184,6 +232,7 @@ class Trace:
             draft_topk_ids=self.draft_topk_ids[kept],
             draft_topk_logprobs=self.draft_topk_logprobs[kept],
             features=None if self.features is None else self.features[cut:],
+            branches=None if self.branches is None else self.branches.take(kept),
         )
 
 

@@ -66,6 +66,7 @@ def build_engine(
         capture=CaptureConfig(
             k_top=c.k_top,
             k_draft=c.k_draft,
+            k_branch=c.k_branch,
             positions=c.positions,
             max_tokens=c.max_tokens,
             reserved_share=c.reserved_share,

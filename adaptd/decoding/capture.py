@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adaptd.decoding.request import DecodeRequest
 from adaptd.decoding.sampling import RowParams
-from buffers.trace import NO_TOKEN, Source, Trace, is_reserved
+from buffers.trace import NO_TOKEN, Branches, Source, Trace, is_reserved
 from policies.surprise import PRIORITY_FLOOR, surprise_ratio
 
 Words = npt.NDArray[np.int32]
@@ -35,6 +35,8 @@ class CaptureConfig:
     """Target candidates kept a position, K."""
     k_draft: int = 8
     """Draft candidates kept a correction, K'."""
+    k_branch: int = 32
+    """Target candidates kept behind each token of a branch, K'', at most `k_top`; 0: no branches. Needs `positions` all."""
     positions: Literal["all", "rejected"] = "all"
     """Target candidates at every response position, or at corrections only."""
     max_tokens: int = 1024
@@ -47,7 +49,7 @@ class CaptureConfig:
     """Name of this engine, as written into traces."""
 
     def __post_init__(self) -> None:
-        for name, least in (("k_top", 1), ("k_draft", 1), ("max_tokens", 2)):
+        for name, least in (("k_top", 1), ("k_draft", 1), ("k_branch", 0), ("max_tokens", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
         if self.positions not in ("all", "rejected"):
@@ -84,6 +86,7 @@ class RoundPacker:
         self.k, self.config = k, config
         if config is not None:
             self.k_top, self.k_draft = min(config.k_top, vocab_size), min(config.k_draft, vocab_size)
+            self.k_branch = min(config.k_branch, self.k_top) if config.positions == "all" else 0
         self._layouts = [self._layout(length) for length in range(k + 1)]
         self._at = self._layouts[k]
         self.width = list(self._at.values())[-1].stop
@@ -94,7 +97,7 @@ class RoundPacker:
         if self.config is not None:
             best = self.k_top * (k + 1 if self.config.positions == "all" else 1)
             believed = self.k_draft if k else 0
-            sizes |= {"rejected": int(k > 0), "target_logprob": k + 1, "draft_logprob": k}
+            sizes |= {"proposals": k, "target_logprob": k + 1, "draft_logprob": k}
             sizes |= {"topk_ids": best, "topk_logprobs": best}
             sizes |= {"draft_topk_ids": believed, "draft_topk_logprobs": believed}
         stops = np.cumsum(list(sizes.values())).tolist()
@@ -144,7 +147,7 @@ class RoundPacker:
         proposed = draft.gather(2, emitted[:, :k]).squeeze(2) - draft_mass
         believed = draft[rows, at].topk(self.k_draft, dim=-1)
         return [
-            played.proposals[rows, at][:, None].int(),
+            played.proposals.int(),
             _bits(served),
             _bits(proposed),
             *judged,
@@ -184,7 +187,8 @@ class RoundPacker:
         last = column == n_accepted
         corrected = last & (n_accepted < lengths)
         source = np.where(last, np.where(corrected, Source.CORRECTION, Source.BONUS), Source.ACCEPTED)
-        rejected = np.where(corrected, words[:, self._at["rejected"]], NO_TOKEN)
+        proposals = words[:, self._at["proposals"]]
+        rejected = np.where(corrected, np.pad(proposals, ((0, 0), (0, 1))), NO_TOKEN)
         draft_logprob = np.full(valid.shape, np.nan, np.float32)
         draft_logprob[:, :k] = np.where(column[:k] < lengths, self._floats(words, "draft_logprob"), np.nan)
         # Rounds that end in a correction, and where; the end of the answer may have cut the last one off.
@@ -192,9 +196,22 @@ class RoundPacker:
         rejected_at = np.flatnonzero(is_correction)
         rounds_kept = np.flatnonzero(corrected.any(1))[: len(rejected_at)]
         topk_ids, topk_logprobs = words[:, self._at["topk_ids"]], self._floats(words, "topk_logprobs")
+        reserved = is_reserved(request.request_id, config.reserved_share)
+        branches: Branches | None = None
         if config.positions == "all":
             shape = (len(words), k + 1, self.k_top)
-            topk_ids, topk_logprobs = topk_ids.reshape(shape)[valid][:size], topk_logprobs.reshape(shape)[valid][:size]
+            topk_ids, topk_logprobs = topk_ids.reshape(shape), topk_logprobs.reshape(shape)
+            if self.k_branch and not reserved:
+                # Behind a rejected proposal and those after it: the rows that no emitted token has used.
+                unused = (column[:k] >= n_accepted) & (column[:k] < lengths)
+                unused, best = unused[rounds_kept], np.s_[rounds_kept, 1:, : self.k_branch]
+                branches = Branches(
+                    lens=unused.sum(1).astype(np.uint8),
+                    tokens=proposals[rounds_kept][unused].astype(np.uint32),
+                    topk_ids=topk_ids[best][unused].astype(np.uint32),
+                    topk_logprobs=topk_logprobs[best][unused].astype(np.float16),
+                )
+            topk_ids, topk_logprobs = topk_ids[valid][:size], topk_logprobs[valid][:size]
         else:
             topk_ids, topk_logprobs = topk_ids[rounds_kept], topk_logprobs[rounds_kept]
         q_emitted = draft_logprob[valid][:size]
@@ -221,10 +238,11 @@ class RoundPacker:
             created_at=created_at,
             temperature=params.temperature,
             engine=config.engine,
-            reserved=is_reserved(request.request_id, config.reserved_share),
+            reserved=reserved,
             top_p=params.top_p,
             top_k=params.top_k,
             surprise=surprise_seed(int((sources == Source.ACCEPTED).sum()), q_emitted[rejected_at], q_best),
+            branches=branches,
         )
         return trace.truncate_left(config.max_tokens)
 

@@ -132,17 +132,20 @@ def observe_trace(recall: Recall, trace: Trace) -> None:
     """Keeps the distributions of one answer as they were served: at its temperature, top-k and top-p."""
     device = recall.device
     length = torch.from_numpy(trace.prompt_len + trace.judged_at).to(device)
-    logprobs = torch.from_numpy(trace.topk_logprobs).to(device).float()
-    if trace.temperature == 0:
-        probs = nn.functional.one_hot(logprobs.argmax(-1), logprobs.shape[-1]).float()
-    else:
-        probs = (logprobs / trace.temperature).softmax(-1)
-        if trace.top_k > 0 or trace.top_p < 1.0:
-            rows, kept = probs.shape
-            top_k = torch.full((rows,), min(trace.top_k, kept) if trace.top_k > 0 else kept, device=device)
-            probs = truncate(
-                probs, top_k, torch.full((rows,), trace.top_p if trace.top_p < 1.0 else 2.0, device=device)
-            )
+    probs = captured_probs(trace, device)
     ids = torch.from_numpy(trace.topk_ids.astype("int64")).to(device)
     history = torch.from_numpy(trace.tokens.astype("int64")).to(device)
     recall.observe(history.expand(len(length), -1), length, ids, probs)
+
+
+def captured_probs(trace: Trace, device: torch.device) -> Tensor:
+    """The captured tokens' probabilities as they were served, at temperature, top-k and top-p; rows sum to 1: float32 [P, K]."""
+    logprobs = torch.from_numpy(trace.topk_logprobs).to(device).float()
+    if trace.temperature == 0:
+        return nn.functional.one_hot(logprobs.argmax(-1), logprobs.shape[-1]).float()
+    probs = (logprobs / trace.temperature).softmax(-1)
+    if trace.top_k <= 0 and trace.top_p >= 1.0:
+        return probs
+    rows, kept = probs.shape
+    top_k = torch.full((rows,), min(trace.top_k, kept) if trace.top_k > 0 else kept, device=device)
+    return truncate(probs, top_k, torch.full((rows,), trace.top_p if trace.top_p < 1.0 else 2.0, device=device))

@@ -1,6 +1,7 @@
 """The trace's index convention, its checks, the left truncation and the choice of reserved requests."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,41 @@ def test_truncation_inside_the_response_keeps_every_row_with_its_own_token() -> 
     assert short.draft_topk_ids.tolist() == whole.draft_topk_ids[kept].tolist()
     assert short.features is not None
     assert short.features.tolist() == [[12, 13], [14, 15], [16, 17], [18, 19]]
+
+
+def test_a_cut_takes_the_branches_of_the_corrections_that_it_takes() -> None:
+    whole = synthetic_trace(np.random.default_rng(0), n_prompt=4, n_response=30, n_branch=3)
+    at = whole.rejected_at
+    assert whole.branches is not None
+    assert 1 < (at >= 15).sum() < len(at) - 1, "of both kinds"
+    short = whole.truncate_left(16)
+    short.validate()
+    assert short.branches is not None
+    behind = np.repeat(at >= 15, whole.branches.lens)
+    assert short.branches.lens.tolist() == whole.branches.lens[at >= 15].tolist()
+    for name in ("tokens", "topk_ids", "topk_logprobs"):
+        assert getattr(short.branches, name).tolist() == getattr(whole.branches, name)[behind].tolist(), name
+
+
+def test_branches_that_contradict_themselves_are_named() -> None:
+    whole = trace(n_branch=3)
+    behind = whole.branches
+    assert behind is not None
+    whole.validate()
+    for name, value, message in (
+        ("lens", behind.lens + np.uint8(1), r"branch_lens sums to \d+; it must be the \d+ branch_tokens"),
+        ("lens", behind.lens[1:], "branch_lens has shape"),
+        ("topk_ids", behind.topk_ids[1:], "branch_topk_ids has shape"),
+        ("tokens", behind.tokens.astype(np.int64), "branch_tokens has dtype int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(whole, branches=replace(behind, **{name: value})).validate()
+
+
+def test_a_trace_without_its_branches_is_the_answer_alone() -> None:
+    whole, plain = trace(n_branch=3), trace()
+    assert whole.nbytes > whole.without_branches().nbytes == plain.nbytes
+    assert plain.without_branches() is plain
 
 
 def test_truncation_of_rejected_only_rows_follows_the_corrections() -> None:

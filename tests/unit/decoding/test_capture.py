@@ -133,6 +133,53 @@ def test_traces_agree_with_a_teacher_forced_pass_of_both_models() -> None:
     assert seen == {Source.CORRECTION, Source.ACCEPTED, Source.BONUS}
 
 
+def test_branches_are_what_the_target_says_behind_each_rejected_proposal_and_those_after_it() -> None:
+    target, draft, done = decoded("all")
+    seen = 0
+    for finished in done:
+        trace = finished.trace
+        assert trace is not None
+        assert trace.branches is not None
+        assert trace.branches.topk_ids.shape[1] == 5, "32, but no more than at a position of the answer"
+        greedy, start = trace.temperature == 0, 0
+        for at, n in zip(trace.rejected_at.tolist(), trace.branches.lens.tolist(), strict=True):
+            rows = slice(start, start + n)
+            start += n
+            branch = trace.branches.tokens[rows].tolist()
+            assert branch[0] == trace.rejected[at]
+            # The round had three proposals: those accepted in front of the correction, and the branch.
+            before = trace.source[:at][::-1]
+            accepted = next((i for i, s in enumerate(before) if s != Source.ACCEPTED), len(before))
+            assert n == 3 - accepted
+            text = torch.tensor([trace.tokens[: trace.prompt_len + at].tolist() + branch])
+            with torch.no_grad():
+                best = target(text).logits[0, -n:].log_softmax(-1).topk(5)
+                proposed = draft(text).logits[0, -n - 1 : -1].argmax(-1).tolist()
+            assert trace.branches.topk_ids[rows].tolist() == best.indices.tolist()
+            np.testing.assert_allclose(
+                trace.branches.topk_logprobs[rows].astype(np.float32), best.values.numpy(), atol=0.01, rtol=2e-3
+            )
+            if greedy:
+                assert branch == proposed
+        assert start == len(trace.branches.tokens)
+        seen += start
+    assert seen > 100
+
+
+@pytest.mark.parametrize("without", [{"k_branch": 0}, {"positions": "rejected"}, {"reserved_share": 1.0}])
+def test_nothing_is_kept_behind_rejections_where_nobody_would_learn_from_it(without: dict[str, object]) -> None:
+    target = make_model(vocab=VOCAB)
+    capture = CaptureConfig(k_top=5, **without)  # type: ignore[arg-type]
+    engine = SpeculativeDecoder(
+        target, make_draft(target, noise=0.06), k=3, max_batch=1, max_length=120, capture=capture
+    )
+    trace = serve(engine, [DecodeRequest("r", make_prompts(1, VOCAB)[0], MIXED[0])])["r"].trace
+    assert trace is not None
+    assert len(trace.rejected_at)
+    assert trace.branches is None
+    trace.validate()
+
+
 def test_capturing_rejections_only_keeps_just_those_rows_of_the_full_capture() -> None:
     _, _, full = decoded("all")
     _, _, few = decoded("rejected")
