@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adaptd.learning.branches import BranchRows, Layout, additive, append_branches
 from adaptd.models.request_gate import conditioned, request_gate
 from buffers.trace import Trace
 
@@ -40,20 +41,27 @@ class Batch:
     lengths: tuple[int, ...]
     """Positions of each trace; sums to N."""
     widths: tuple[int, ...]
-    """Tokens of each trace without padding."""
+    """Tokens of each row without padding."""
     prompt_lens: tuple[int, ...]
     """Tokens of each trace's prompt that are there."""
     domains: tuple[str, ...]
     """Domain of each trace."""
+    branches: BranchRows | None = None
+    """What stands behind the answers in each row, if that was asked for and there is any."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of the traces, padding not counted."""
+        """Tokens of the rows, padding not counted."""
         return sum(self.widths)
 
 
-def collate(traces: Sequence[Trace], max_tokens: int, device: torch.device | str = "cpu") -> Batch:
+def collate(
+    traces: Sequence[Trace], max_tokens: int, device: torch.device | str = "cpu", *, branches: bool = False
+) -> Batch:
     """Pad traces to one batch; a trace longer than `max_tokens` loses tokens (and positions) on the left.
+
+    Args:
+      branches: put their branches behind the answers, at most `max_tokens` tokens of each trace's.
 
     Raises:
       ValueError: no traces.
@@ -83,6 +91,12 @@ def collate(traces: Sequence[Trace], max_tokens: int, device: torch.device | str
         served.append(trace.target_logprob[first:])
         lengths.append(len(column))
 
+    widths = [len(t.tokens) - cut for t, cut in zip(traces, cuts, strict=True)]
+    behind: BranchRows | None = None
+    if branches:
+        ids, more, behind = append_branches(ids, traces, cuts, max_tokens, device)
+        widths = [width + n for width, n in zip(widths, more, strict=True)]
+
     def tensor(parts: Sequence[np.ndarray], dtype: type) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(dtype)).to(device)
 
@@ -97,9 +111,10 @@ def collate(traces: Sequence[Trace], max_tokens: int, device: torch.device | str
         source=tensor(source, np.int64),
         target_logprob=tensor(served, np.float32),
         lengths=tuple(lengths),
-        widths=tuple(len(t.tokens) - cut for t, cut in zip(traces, cuts, strict=True)),
+        widths=tuple(widths),
         domains=tuple(t.domain for t in traces),
         prompt_lens=tuple(max(1, t.prompt_len - cut) for t, cut in zip(traces, cuts, strict=True)),
+        branches=behind,
     )
 
 
@@ -108,7 +123,7 @@ _WORTH_SPLITTING = 0.15
 
 
 def draft_logits(model: PreTrainedModel, batch: Batch, *, prompt_gradient: bool = True) -> Tensor:
-    """The draft's logits at every captured position, [N, V] float32.
+    """The draft's logits at every captured position, [N, V] float32, or [N + U, V] with those of the branches behind them.
 
     Only those positions go through the output head, the dearest part of a small draft: a hook picks them in front of
     it, so that whatever an architecture does to logits behind its head is still done. On a CPU, where every padded
@@ -119,21 +134,27 @@ def draft_logits(model: PreTrainedModel, batch: Batch, *, prompt_gradient: bool 
         gradient. The logits are the same; of a long prompt and a short answer a step keeps the answer's activations alone.
     """
     openness = _openness(model, batch)
+    row, column, layout = batch.row, batch.column, None
+    if batch.branches is not None:
+        layout = batch.branches.layout
+        row, column = torch.cat([row, batch.branches.row]), torch.cat([column, batch.branches.column])
     groups = _by_length(batch.widths) if batch.input_ids.device.type == "cpu" else [list(range(len(batch.widths)))]
     if len(groups) == 1:
-        return _forward(model, batch.input_ids, batch.row, batch.column, openness, prompt_gradient)
+        return _forward(model, batch.input_ids, row, column, openness, prompt_gradient, layout)
     parts, places = [], []
     for group in groups:
         place = torch.full((len(batch.widths),), -1)
         place[group] = torch.arange(len(group))
-        here = torch.nonzero(place[batch.row] >= 0)[:, 0]
-        ids = batch.input_ids[group, : max(batch.widths[i] for i in group)]
+        here = torch.nonzero(place[row] >= 0)[:, 0]
+        width = max(batch.widths[i] for i in group)
         rows = None if openness is None else openness[group]
-        parts.append(_forward(model, ids, place[batch.row[here]], batch.column[here], rows, prompt_gradient))
+        apart = None if layout is None else layout.rows(group, width)
+        ids = batch.input_ids[group, :width]
+        parts.append(_forward(model, ids, place[row[here]], column[here], rows, prompt_gradient, apart))
         places.append(here)
-    place = torch.cat(places)
+    at = torch.cat(places)
     joined = torch.cat(parts)
-    return joined if bool((place.diff() > 0).all()) else joined[place.argsort()]
+    return joined if bool((at.diff() > 0).all()) else joined[at.argsort()]
 
 
 def _openness(model: PreTrainedModel, batch: Batch) -> Tensor | None:
@@ -153,11 +174,11 @@ def _forward(
     column: Tensor,
     openness: Tensor | None,
     prompt_gradient: bool,
+    layout: Layout | None,
 ) -> Tensor:
     with conditioned(model, openness) as gate:
-        read = (None if prompt_gradient else _read_prompts(model, input_ids, row, column)) or _Read(
-            input_ids, column, {}
-        )
+        read = None if prompt_gradient else _read_prompts(model, input_ids, row, column, layout)
+        read = read or _read_all(model, input_ids, column, layout)
 
         def pick(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if openness is not None:
@@ -166,7 +187,7 @@ def _forward(
 
         handle = model.get_output_embeddings().register_forward_pre_hook(pick)
         try:
-            logits: Tensor = model(input_ids=read.input_ids, use_cache=bool(read.cache), **read.cache).logits[0].float()
+            logits: Tensor = model(input_ids=read.input_ids, **read.context).logits[0].float()
         finally:
             handle.remove()
     return logits
@@ -179,11 +200,21 @@ class _Read(NamedTuple):
     """[B, T]."""
     column: Tensor
     """[N], as in `Batch`, counted in these tokens."""
-    cache: dict[str, Any]
-    """Arguments of the model that stand for what was read already."""
+    context: dict[str, Any]
+    """Arguments of the model: what was read already, where these tokens stand, and what they see."""
 
 
-def _read_prompts(model: PreTrainedModel, input_ids: Tensor, row: Tensor, column: Tensor) -> _Read | None:
+def _read_all(model: PreTrainedModel, input_ids: Tensor, column: Tensor, layout: Layout | None) -> _Read:
+    if layout is None:
+        return _Read(input_ids, column, {"use_cache": False})
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+    mask = additive(layout.visible(columns), model.dtype)
+    return _Read(input_ids, column, {"use_cache": False, "attention_mask": mask, "position_ids": layout.position})
+
+
+def _read_prompts(
+    model: PreTrainedModel, input_ids: Tensor, row: Tensor, column: Tensor, layout: Layout | None
+) -> _Read | None:
     """Read each row up to its first column; None if there is nothing to read.
 
     Prompts are padded on the left there, as in batched generation, so that a sliding window holds the same tokens of
@@ -205,14 +236,16 @@ def _read_prompts(model: PreTrainedModel, input_ids: Tensor, row: Tensor, column
             position_ids=place.clamp(min=0),
             use_cache=True,
         ).past_key_values
-    behind = start[:, None] + torch.arange(rest, device=device)
-    mask = torch.cat([known, torch.ones_like(behind, dtype=torch.bool)], 1).long()
-    return _Read(
-        # Beyond a row's end stands its last token again: padding, which no column looks at.
-        input_ids.gather(1, behind.clamp(max=input_ids.shape[1] - 1)),
-        column - start[row],
-        {"past_key_values": past, "attention_mask": mask, "position_ids": behind},
-    )
+    # Beyond a row's end stands its last token again: padding, which no column looks at.
+    behind = (start[:, None] + torch.arange(rest, device=device)).clamp(max=input_ids.shape[1] - 1)
+    if layout is None:
+        mask, position = torch.cat([known, torch.ones_like(behind, dtype=torch.bool)], 1).long(), behind
+    else:
+        whole = known[:, None].expand(-1, rest, -1)
+        mask = additive(torch.cat([whole, layout.visible(behind)], 2), model.dtype)
+        position = layout.position.gather(1, behind)
+    context = {"past_key_values": past, "use_cache": True, "attention_mask": mask, "position_ids": position}
+    return _Read(input_ids.gather(1, behind), column - start[row], context)
 
 
 def _by_length(widths: Sequence[int]) -> list[list[int]]:

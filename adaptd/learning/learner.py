@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from adaptd.learning.batch import Batch, collate, draft_logits
+from adaptd.learning.branches import BranchRows, reads_branches
 from adaptd.learning.muon import Muon
 from adaptd.models.request_gate import request_gate
 from buffers.table import ReplaySample
@@ -77,6 +78,8 @@ class DraftLearner:
       objective: name in `policies.objectives.OBJECTIVES`.
       k: tokens that the decoders propose a round; only an objective over blocks needs it.
       rejection_weight: weight of corrections in the loss, against 1 for every other position.
+      branch_weight: of each position of a branch; 0 leaves them out. They are left out as well where the objective looks
+        along an answer or at what was emitted, and where the draft's attention takes no mask (`reads_branches`).
       optimizer: "muon": Muon on the private expert's matrices, AdamW on everything else; "adamw": AdamW on all.
       lr: peak learning rate; rises linearly over `warmup_steps`.
       weight_decay: decoupled.
@@ -91,6 +94,7 @@ class DraftLearner:
     OPTIONS = (
         "objective",
         "rejection_weight",
+        "branch_weight",
         "optimizer",
         "lr",
         "weight_decay",
@@ -111,6 +115,7 @@ class DraftLearner:
         lr: float,
         k: int | None = None,
         rejection_weight: float = 1.0,
+        branch_weight: float = 1.0,
         optimizer: Literal["muon", "adamw"] = "adamw",
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
@@ -123,6 +128,8 @@ class DraftLearner:
     ) -> None:
         draft.prove_frozen()
         self._blocks = get_objective(objective).blocks
+        at_one_position = get_objective(objective).soft and not self._blocks
+        self._branch_weight = branch_weight if at_one_position and reads_branches(draft.model) else 0.0
         if self._blocks and k is None:
             raise ValueError(f"objective {objective!r} needs k, the tokens that the decoders propose a round")
         self._measured = is_measure(priority)
@@ -167,12 +174,13 @@ class DraftLearner:
         # By length: what is split into short and long then needs no reordering of [N, V] behind it.
         order = sorted(range(len(samples)), key=lambda i: len(samples[i].trace.tokens))
         samples, weights = [samples[i] for i in order], weights[order]
-        batch = collate([s.trace for s in samples], self._max_tokens, device)
+        batch = collate(self._read(samples), self._max_tokens, device, branches=self._branch_weight > 0)
         kept = torch.tensor([s.info.stratum == "anchors" for s in samples], device=device)[batch.row[batch.judged]]
         rows = batch.judged[kept] if self._reference is not None else batch.judged[:0]
         # In front of the forward pass that learns: it needs the weights as they are when gradients are taken.
         reference = self._reference_logprobs([s.trace for s in samples if s.info.stratum == "anchors"], device)
         logits = draft_logits(self.draft.model, batch, prompt_gradient=self._prompt_gradient)
+        logits, aside = logits.split([len(batch.row), len(logits) - len(batch.row)])
         # Where every position was captured there is nothing to pick, and a copy of [N, V] and of its gradient to save.
         judged = logits if len(batch.judged) == len(logits) else logits[batch.judged]
         p, q = with_tail(batch.topk_logprobs), draft_with_tail(judged, batch.topk_ids)
@@ -193,7 +201,11 @@ class DraftLearner:
             divergence = divergence.masked_scatter(kept, moved)
         weight = torch.from_numpy(weights).float().to(device)[batch.row[batch.judged]]
         weight = weight.where(batch.source != Source.CORRECTION, self._rejection_weight * weight)
-        loss = (divergence * weight).sum() / weight.sum()
+        summed, mass = (divergence * weight).sum(), weight.sum()
+        if batch.branches is not None:
+            of_branches, weight = self._branch_loss(aside, batch.branches, torch.from_numpy(weights).float().to(device))
+            summed, mass = summed + of_branches, mass + weight
+        loss = summed / mass
         applied = bool(torch.isfinite(loss)) and self._apply(loss)
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if not applied:
@@ -206,10 +218,22 @@ class DraftLearner:
             loss=loss.item() if applied else math.nan,
             skipped=not applied,
             tokens=batch.tokens,
-            positions=len(batch.judged),
+            positions=len(batch.judged) + len(aside),
             seconds=time.perf_counter() - started,
             priorities=priorities,
         )
+
+    def _read(self, samples: Sequence[ReplaySample]) -> list[Trace]:
+        """The traces; anchors that follow a draft without what they say of the target beside the answer."""
+        follows = self._reference is not None
+        return [s.trace.without_branches() if follows and s.info.stratum == "anchors" else s.trace for s in samples]
+
+    def _branch_loss(self, logits: Tensor, branches: BranchRows, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the divergence over the branches' positions, `logits` [U, V], and of their weights; `weights` [B]."""
+        p, q = with_tail(branches.topk_logprobs), draft_with_tail(logits, branches.topk_ids)
+        divergence = compute_objective(self._objective, p=p, q=q, draft_logits=None, token_ids=None)
+        weight = self._branch_weight * weights[branches.row]
+        return (divergence * weight).sum(), weight.sum()
 
     @torch.no_grad()
     def _reference_logprobs(self, anchors: Sequence[Trace], device: torch.device) -> Tensor:

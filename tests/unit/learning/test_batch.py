@@ -5,12 +5,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from adaptd.bench.verify import rejections_only
 from adaptd.learning.batch import _by_length, collate, draft_logits
+from adaptd.learning.branches import reads_branches
 from buffers.synthetic import synthetic_trace
-from buffers.trace import Source
+from buffers.trace import Source, Trace
 from tests.unit.learning.conftest import VOCAB, tiny
 
 
@@ -120,6 +129,75 @@ def test_prompts_read_without_gradient_leave_the_logits_as_they_are(config: PreT
     batch = collate(traces, max_tokens=10**6)
     whole, split = (draft_logits(model, batch, prompt_gradient=on) for on in (True, False))
     torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
+
+
+def branched(seed: int, n_response: int, **more: Any) -> Trace:
+    rng = np.random.default_rng(seed)
+    return synthetic_trace(
+        rng, **({"n_prompt": 5, "n_response": n_response, "n_branch": 4, "vocabulary": VOCAB} | more)
+    )
+
+
+@pytest.mark.parametrize("prompt_gradient", [True, False])
+@pytest.mark.parametrize("cut", [10**6, 14])
+@pytest.mark.parametrize(
+    "config", [sized(LlamaConfig), sized(Qwen3Config, head_dim=8), sized(Qwen3Config, attn_implementation="eager")]
+)
+def test_each_branch_is_read_as_if_it_stood_alone_behind_its_text(
+    config: PreTrainedConfig, cut: int, prompt_gradient: bool
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    traces = [branched(i, n) for i, n in enumerate([7, 12, 3, 30])]
+    batch = collate(traces, cut, branches=True)
+    plain = collate(traces, cut)
+    branches = batch.branches
+    assert branches is not None
+    assert plain.branches is None
+    logits = draft_logits(model, batch, prompt_gradient=prompt_gradient)
+    answers, aside = logits[: len(batch.row)], logits[len(batch.row) :]
+    torch.testing.assert_close(answers, draft_logits(model, plain), atol=1e-5, rtol=1e-4)
+    expected, ids = [], []
+    for trace in traces:
+        assert trace.branches is not None
+        lost, start, taken = max(0, len(trace.tokens) - cut), 0, 0
+        for at, n in zip(trace.rejected_at.tolist(), trace.branches.lens.tolist(), strict=True):
+            rows = slice(start, start + n)
+            start += n
+            text = trace.tokens[lost : trace.prompt_len + at].tolist() if trace.prompt_len + at > lost else []
+            if not text:
+                continue
+            taken += n
+            whole = torch.tensor([text + trace.branches.tokens[rows].tolist()])
+            expected.append(model(whole).logits[0, -n:].float())
+            ids.append(torch.from_numpy(trace.branches.topk_ids[rows].astype(np.int64)))
+        assert taken <= cut
+    torch.testing.assert_close(aside, torch.cat(expected), atol=1e-5, rtol=1e-4)
+    assert torch.equal(branches.topk_ids, torch.cat(ids))
+    assert batch.tokens == plain.tokens + len(aside)
+
+
+def test_of_too_many_branches_those_that_fit_are_taken_from_everywhere() -> None:
+    trace = branched(0, 95, n_branch=12)
+    assert trace.branches is not None
+    assert len(trace.branches.tokens) > 150
+    few = collate([trace], 100, branches=True).branches
+    assert few is not None
+    assert 85 < len(few.row) <= 100
+    fork = few.layout.fork[0, few.column]
+    assert int(fork.min()) < 25
+    assert int(fork.max()) > 75
+
+
+def test_only_attention_that_takes_any_mask_reads_branches() -> None:
+    def can(config: PreTrainedConfig) -> bool:
+        return reads_branches(AutoModelForCausalLM.from_config(config))
+
+    assert can(sized(LlamaConfig))
+    assert can(sized(Qwen3Config, head_dim=8))
+    assert can(sized(MistralConfig, sliding_window=None))
+    assert not can(sized(MistralConfig, sliding_window=6))
+    assert not can(sized(Gemma3TextConfig, head_dim=8, sliding_window=6))
 
 
 def test_no_gradient_reaches_what_stands_in_front_of_the_answer() -> None:

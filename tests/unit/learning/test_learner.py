@@ -17,6 +17,7 @@ from adaptd.models.scope import AdaptedDraft, ScopeConfig
 from buffers.table import ReplaySample, SampleInfo
 from buffers.trace import Source, Trace
 from policies.acceptance import mal
+from policies.divergence import draft_with_tail, kl_tv, with_tail
 from policies.objectives import OBJECTIVES
 from policies.surprise import PRIORITY_FLOOR
 from tests.unit.learning.conftest import tiny
@@ -30,6 +31,10 @@ def samples_of(done: list[Finished]) -> list[ReplaySample]:
     return [
         ReplaySample(SampleInfo(i + 1, 1 / len(traces), 1.0, 1, len(traces), "recent"), t) for i, t in enumerate(traces)
     ]
+
+
+def answers_of(done: list[Finished]) -> list[ReplaySample]:
+    return [s._replace(trace=s.trace.without_branches()) for s in samples_of(done)]
 
 
 def adapted(scope: str = "private_expert") -> AdaptedDraft:
@@ -67,7 +72,8 @@ def test_a_measured_priority_belongs_to_its_trace_in_whatever_order_they_come(de
     samples = [s._replace(trace=s.trace.truncate_left(12 + 3 * (i * 5 % 6))) for i, s in enumerate(samples)]
 
     def loss_of(chosen: list[ReplaySample]) -> StepReport:
-        return DraftLearner(adapted(), objective="forward_kl", lr=1e-3, priority="loss").step(chosen)
+        learner = DraftLearner(adapted(), objective="forward_kl", lr=1e-3, priority="loss", branch_weight=0.0)
+        return learner.step(chosen)
 
     together = loss_of(samples).priorities
     assert len({len(s.trace.tokens) for s in samples}) > 3
@@ -80,7 +86,7 @@ def test_a_measured_priority_belongs_to_its_trace_in_whatever_order_they_come(de
 def test_a_rejection_weight_of_one_changes_nothing_and_another_moves_the_loss_to_the_corrections(
     decode: Decode,
 ) -> None:
-    samples = samples_of(decode(adapted().model, 6, temperature=1.0))
+    samples = answers_of(decode(adapted().model, 6, temperature=1.0))
 
     def loss(only: Source | None = None, **options: Any) -> StepReport:
         chosen = samples if only is None else [s._replace(trace=marked(s.trace, only)) for s in samples]
@@ -103,6 +109,62 @@ def test_a_rejection_weight_of_one_changes_nothing_and_another_moves_the_loss_to
     # A weight that all positions share, or none has, is none.
     assert loss(Source.CORRECTION, rejection_weight=4.0).loss == pytest.approx(plain.loss, rel=1e-5)
     assert loss(Source.UNKNOWN, rejection_weight=4.0).loss == plain.loss
+
+
+def test_the_loss_is_the_mean_over_answers_and_what_stands_behind_rejections(decode: Decode) -> None:
+    """Against the answers alone, and every branch read by itself."""
+    done = decode(adapted().model, 6, temperature=1.0)
+    samples, answers = samples_of(done), answers_of(done)
+
+    def report(chosen: list[ReplaySample], **options: Any) -> StepReport:
+        return DraftLearner(adapted(), **({"objective": "kl_tv", "lr": 1e-3} | options)).step(chosen)
+
+    whole, plain = report(samples), report(answers)
+    beside = whole.positions - plain.positions
+    assert beside == sum(len(s.trace.branches.tokens) for s in samples if s.trace.branches is not None) > 100
+    assert whole.tokens == plain.tokens + beside
+    divergence = behind(adapted(), samples)
+    for weight in (1.0, 0.25):
+        expected = (plain.positions * plain.loss + weight * beside * divergence) / (plain.positions + weight * beside)
+        assert report(samples, branch_weight=weight).loss == pytest.approx(expected, rel=1e-4)
+    assert abs(divergence - plain.loss) > 0.01
+    # A trace's importance is that of its branches too.
+    assert report(samples[:1]).loss == pytest.approx(
+        DraftLearner(adapted(), objective="kl_tv", lr=1e-3).step(samples[:2], np.array([1.0, 0.0])).loss, rel=1e-4
+    )
+    for off in ({"branch_weight": 0.0}, {"objective": "acceptance_length", "k": K}, {"objective": "cross_entropy"}):
+        assert report(samples, **off).loss == report(answers, **off).loss, off  # type: ignore[arg-type]
+
+
+def behind(draft: AdaptedDraft, samples: list[ReplaySample]) -> float:
+    """Mean KL + TV behind each branch token, every branch read by itself."""
+    found = []
+    for trace in (s.trace for s in samples):
+        assert trace.branches is not None
+        start = 0
+        for at, n in zip(trace.rejected_at.tolist(), trace.branches.lens.tolist(), strict=True):
+            rows = slice(start, start + n)
+            start += n
+            text = np.concatenate([trace.tokens[: trace.prompt_len + at], trace.branches.tokens[rows]])
+            with torch.no_grad():
+                logits = draft.model(torch.from_numpy(text.astype(np.int64))[None]).logits[0, -n:]
+            p = with_tail(torch.from_numpy(trace.branches.topk_logprobs[rows]))
+            q = draft_with_tail(logits, torch.from_numpy(trace.branches.topk_ids[rows].astype(np.int64)))
+            found += kl_tv(p, q).tolist()
+    return float(np.mean(found))
+
+
+def test_anchors_that_follow_a_version_follow_nothing_beside_their_answers(decode: Decode) -> None:
+    done = decode(adapted().model, 6, temperature=1.0)
+    with_them, without = samples_of(done), answers_of(done)
+
+    def loss(samples: list[ReplaySample]) -> float:
+        learner = DraftLearner(adapted(), objective="forward_kl", lr=1e-2)
+        learner.step(with_them)
+        learner.set_reference({})
+        return learner.step([s._replace(info=s.info._replace(stratum="anchors")) for s in samples]).loss
+
+    assert loss(with_them) == loss(without) > 0
 
 
 def test_blocks_are_refused_where_corrections_alone_were_captured(decode: Decode) -> None:
