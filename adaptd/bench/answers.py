@@ -56,7 +56,8 @@ class AnswerPool:
     ) -> None:
         self._pair, self._max_batch, self._k = pair, max_batch, k
         self._temperature, self._max_tokens, self._max_length = temperature, max_tokens, max_length
-        self._capture = CaptureConfig(k_top=k_top, reserved_share=0.0, target_id="bench")
+        # What is scored behind a rejection is another thing for each draft: `adaptd.bench.branches`.
+        self._capture = CaptureConfig(k_top=k_top, k_branch=0, reserved_share=0.0, target_id="bench")
         self._prompts = {domain: self._rendered(domain, texts) for domain, texts in prompts.items()}
         self._home = home / _digest([weights_id(pair.target), temperature, max_tokens, k_top, max_length])
 

@@ -124,6 +124,11 @@ class Learner:
         """Learned parameters over the draft's."""
         return 0.0
 
+    @property
+    def learns_from_branches(self) -> bool:
+        """Whether what a verification scores behind its rejections is of use to it."""
+        return False
+
     def prepare(self, answers: Sequence[Trace]) -> None:
         """In front of the stream; only the oracle looks."""
 
@@ -164,6 +169,11 @@ class Online(Learner):
     def trainable_fraction(self) -> float:
         """Learned parameters over the draft's."""
         return self.draft.trainable_fraction
+
+    @property
+    def learns_from_branches(self) -> bool:
+        """As configured."""
+        return self.config.capture.k_branch > 0 and self.config.learn.branch_weight > 0
 
     def observe(self, traces: Sequence[Trace], again: Mapping[str, Sequence[Trace]] = _NONE) -> None:
         """One update for each `update_every` traces."""
@@ -223,6 +233,11 @@ class Cycle(Learner):
     def trainable_fraction(self) -> float:
         """Learned parameters over the draft's."""
         return self._learning.trainable_fraction
+
+    @property
+    def learns_from_branches(self) -> bool:
+        """As configured."""
+        return self.config.capture.k_branch > 0 and self.config.learn.branch_weight > 0
 
     def observe(self, traces: Sequence[Trace], again: Mapping[str, Sequence[Trace]] = _NONE) -> None:
         """Insert, and tick when enough is new."""

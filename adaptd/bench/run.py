@@ -32,9 +32,12 @@ class Run:
     trainable_fraction: float
     trainable_bytes: int
     bytes_per_position: float
+    """Captured bytes over the positions of answers and those behind their rejections."""
     tokens_per_s: float | None
     learner_s: float
     steps: int
+    bytes_per_token: float | None = None
+    """Captured bytes over the answers' tokens; None in a run from before there were branches."""
 
     @property
     def curve(self) -> metrics.Curve:

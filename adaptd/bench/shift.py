@@ -17,14 +17,15 @@ import numpy as np
 from adaptd.actors.parts import load_pair
 from adaptd.bench import metrics
 from adaptd.bench.answers import AnswerPool, file_again, read_answers
-from adaptd.bench.learners import LearnerSpec, build
+from adaptd.bench.branches import BranchScorer
+from adaptd.bench.learners import Learner, LearnerSpec, build
 from adaptd.bench.run import Run, RunLog, run_key
 from adaptd.bench.stream import Source, Stream, plan
 from adaptd.bench.verify import verify
 from adaptd.bench.workers import each
 from adaptd.config import Config
 from adaptd.errors import ConfigError
-from buffers.trace import Trace
+from buffers.trace import Trace, is_reserved
 
 #: Files of answers by target and domain.
 Answers = Mapping[Source, Path]
@@ -138,25 +139,28 @@ def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, see
     learner = build(spec, config, seed)
     learner.prepare(spare_answers(files, stream, seed) if spec.held_out else answers)
     again = answers_again(files, stream, seed, learner.config.capture.again)
-    rng = np.random.default_rng([seed, 0xACCE])
+    rng, idle = np.random.default_rng([seed, 0xACCE]), np.random.default_rng([seed, 0xA6A])
     emitted: list[float] = []
     rounds: list[float] = []
     versions: list[int] = []
-    kept = positions = 0
-    target = answers[0].target_id
+    kept = positions = tokens = 0
+    target, k = answers[0].target_id, learner.config.engine.k
+    scorer = _scorer(config, learner, target, seed)
     for chunk in chunks(answers):
         if chunk[0].target_id != target:
             target = chunk[0].target_id
             learner.change_target(target)
+            scorer = _scorer(config, learner, target, seed)
         found, traces = verify(
-            learner.model, chunk, learner.config.engine.k, rng, version=learner.version, recall=learner.recall
+            learner.model, chunk, k, rng, version=learner.version, recall=learner.recall, scorer=scorer
         )
         emitted += [p.emitted for p in found]
         rounds += [p.rounds for p in found]
         versions += [learner.version] * len(chunk)
         kept += sum(learner.captured(t) for t in traces)
-        positions += sum(t.response_len for t in traces)
-        learner.observe(traces, again)
+        tokens += sum(t.response_len for t in traces)
+        positions += sum(t.response_len + (0 if t.branches is None else len(t.branches.tokens)) for t in traces)
+        learner.observe(traces, _verified(learner, chunk, again, idle, scorer))
     trained = learner.trainable_fraction * sum(p.numel() for p in learner.model.parameters())
     return Run(
         stream=stream.name,
@@ -172,7 +176,39 @@ def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, see
         tokens_per_s=learner.trained_tokens / learner.seconds if learner.seconds else None,
         learner_s=learner.seconds,
         steps=learner.steps,
+        bytes_per_token=kept / tokens,
     )
+
+
+def _scorer(config: Config, learner: Learner, target: str, seed: int) -> BranchScorer | None:
+    """What scores the proposals behind rejections for a learner that learns from them; None for any other."""
+    own, rng = learner.config, np.random.default_rng([seed, 0xB4A])
+    if not learner.learns_from_branches:
+        return None
+    return BranchScorer(
+        load_pair(_with_target(config, None if target == _DEFAULT_TARGET else target), 0.0).target,
+        k=own.engine.k,
+        k_branch=own.capture.k_branch,
+        rng=rng,
+        wanted=lambda trace: not is_reserved(trace.request_id, own.capture.reserved_share),
+    )
+
+
+def _verified(
+    learner: Learner,
+    chunk: Sequence[Trace],
+    again: Mapping[str, Sequence[Trace]],
+    rng: np.random.Generator,
+    scorer: BranchScorer | None,
+) -> Mapping[str, Sequence[Trace]]:
+    """The further answers of a chunk's requests as idle decoders leave them, by request id."""
+    others = {t.request_id: again[t.request_id] for t in chunk if again.get(t.request_id)}
+    if scorer is None or not others:
+        return others
+    flat = [answer for group in others.values() for answer in group]
+    found = verify(learner.model, flat, learner.config.engine.k, rng, version=learner.version, scorer=scorer)
+    left = iter(found[1])
+    return {request: [next(left) for _ in group] for request, group in others.items()}
 
 
 def sweep(
@@ -259,6 +295,7 @@ def summarise(stream: Stream, runs: Sequence[Run], settle: int) -> dict[str, Any
             "trainable_fraction": any_run.trainable_fraction,
             "trainable_bytes": any_run.trainable_bytes,
             "bytes_per_position": float(np.mean([r.bytes_per_position for r in by_seed.values()])),
+            "bytes_per_token": float(np.mean([r.bytes_per_token or r.bytes_per_position for r in by_seed.values()])),
             "tokens_per_s": metrics.interval([r.tokens_per_s for r in by_seed.values() if r.tokens_per_s]),
             "learner_s": metrics.interval([r.learner_s for r in by_seed.values()]),
             "lr": sorted({r.lr for r in by_seed.values() if r.lr is not None}),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adaptd.bench.branches import BranchScorer
 from adaptd.decoding.recall import observe_trace
 from adaptd.learning.batch import Batch, collate, draft_logits
 from adaptd.learning.evaluate import Rule, acceptance, served_logprob
@@ -40,6 +41,7 @@ def verify(
     k_draft: int = 8,
     recall: Recall | None = None,
     rule: Rule = "rejection",
+    scorer: BranchScorer | None = None,
 ) -> tuple[list[Profile], list[Trace]]:
     """Expected counts of each answer under this draft, and the traces that it would have left.
 
@@ -52,6 +54,7 @@ def verify(
       k_draft: draft candidates kept at a correction.
       recall: what the decoder remembers; it learns from these answers after all of them have been verified.
       rule: of the engine that serves; recall is the native engine's alone, which rejects.
+      scorer: adds what a verification scores behind its rejections to the traces.
     """
     accepts: list[NDArray[np.float64]] = []
     seen: list[Trace] = []
@@ -65,12 +68,14 @@ def verify(
         token = logprobs.gather(-1, batch.token_ids[:, None])[:, 0].numpy(force=True)
         ids, values = best.indices.numpy(force=True), best.values.numpy(force=True)
         ends = np.cumsum(batch.lengths)
+        left = []
         for trace, accept, end in zip(group, found, ends, strict=True):
             rows = slice(end - len(accept), end)
             accepts.append(accept)
-            seen.append(
+            left.append(
                 _trace(trace, accept, rng.random(len(accept)), k, token[rows], ids[rows], values[rows], version)
             )
+        seen += left if scorer is None else scorer.add(model, left, torch.split(logits, list(batch.lengths)))
     if recall is not None:
         for trace in traces:
             observe_trace(recall, trace)
@@ -114,7 +119,7 @@ def _trace(
     rejected = np.full(len(source), NO_TOKEN, np.int32)
     rejected[at] = first_choice[at]
     return dataclasses.replace(
-        trace,
+        trace.without_branches(),  # another draft's
         source=source,
         rejected=rejected,
         rejected_at=at.astype(np.int32),
@@ -144,4 +149,5 @@ def sources(accepted: NDArray[np.bool_], k: int) -> NDArray[np.uint8]:
 def rejections_only(trace: Trace) -> Trace:
     """The trace as `capture.positions: rejected` leaves it: target candidates at corrections alone."""
     at = trace.rejected_at
-    return dataclasses.replace(trace, topk_ids=trace.topk_ids[at], topk_logprobs=trace.topk_logprobs[at])
+    plain = trace.without_branches()
+    return dataclasses.replace(plain, topk_ids=trace.topk_ids[at], topk_logprobs=trace.topk_logprobs[at])

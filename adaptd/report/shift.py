@@ -44,7 +44,7 @@ def markdown(name: str, found: dict[str, Any]) -> str:
     """One stream's table."""
     labels = [f"{i + 1} {p['label']}" for i, p in enumerate(found["phases"])]
     heads = ["learner", "trained", "recovery", f"after {found['settle']}", "time to 90 %", "forgetting"]
-    heads += [f"final MAL {label}" for label in labels] + ["B/position", "tokens/s", "learner s"]
+    heads += [f"final MAL {label}" for label in labels] + ["B/position", "B/token", "tokens/s", "learner s"]
     lines = [
         f"### {name}: {found['about']}",
         "",
@@ -64,6 +64,7 @@ def markdown(name: str, found: dict[str, Any]) -> str:
             cell(row["forgetting"], ".1%"),
             *(cell(m) for m in row["final_mal"]),
             f"{row['bytes_per_position']:.0f}",
+            f"{row['bytes_per_token']:.0f}",
             cell(row["tokens_per_s"], ".0f"),
             cell(row["learner_s"], ".0f"),
         ]

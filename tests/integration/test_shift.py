@@ -180,6 +180,10 @@ def test_the_command_runs_learners_side_by_side(tmp_path: Path) -> None:
     assert learners["osd"]["trainable_fraction"] == 1
     assert 0 < learners["ours"]["trainable_fraction"] <= 0.275
     assert learners["osd"]["bytes_per_position"] < learners["ours"]["bytes_per_position"] <= 256
+    assert learners["osd"]["bytes_per_token"] == learners["osd"]["bytes_per_position"]
+    assert learners["ours"]["bytes_per_token"] > 1.2 * learners["ours"]["bytes_per_position"], (
+        "and what is behind rejections"
+    )
     by_learner = {(r["learner"], r["seed"]): r for r in found["runs"]}
     assert len(by_learner) == 4
     frozen, ours, oracle = (by_learner[name, 0] for name in ("frozen", "ours", "offline_oracle"))

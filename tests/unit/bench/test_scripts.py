@@ -65,7 +65,7 @@ def test_our_tokens_are_those_whose_loss_is_taken(script: Any, traces: list[Trac
     trainer, step = script("trainer"), script("step")
     draft = AdaptedDraft(tiny(1), ScopeConfig(width=8), serving=False)
     ours = trainer.Ours(DraftLearner(draft, objective="tv", lr=1e-3))
-    timed = ours.run([[step.sample(t, "recent") for t in traces]] * (trainer.WARM + 2))
+    timed = ours.run([[step.sample(t.without_branches(), "recent") for t in traces]] * (trainer.WARM + 2))
     assert timed.tokens == 2 * sum(len(t.tokens) - t.prompt_len for t in traces)
     row = trainer.row(traces[0])
     assert row["completion_mask"].count(1) == len(traces[0].tokens) - traces[0].prompt_len

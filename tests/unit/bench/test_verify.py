@@ -1,14 +1,23 @@
 """Traces as decoding would have left them, from a teacher-forced pass."""
 
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+from adaptd.bench.branches import BranchScorer
 from adaptd.bench.verify import rejections_only, sources, verify
+from adaptd.decoding.capture import CaptureConfig
+from adaptd.decoding.engine import SpeculativeDecoder
+from adaptd.decoding.request import DecodeRequest, SamplingParams
 from buffers.codec import decode as decoded
 from buffers.codec import encode
-from buffers.trace import Source
-from tests.unit.learning.conftest import Decode, tiny
+from buffers.trace import Source, Trace
+from tests.unit.learning.conftest import VOCAB, Decode, K, tiny
 
 A, C, B = Source.ACCEPTED, Source.CORRECTION, Source.BONUS
 
@@ -93,3 +102,66 @@ def test_under_a_greedy_draft_acceptance_is_whether_its_first_choice_was_emitted
         first = rows.argmax(-1).numpy() == trace.response
         assert trace.source.tolist() == sources(first, 3).tolist()
         assert profile.rounds == _rounds(trace.source)
+
+
+def scorer(target: PreTrainedModel, **more: Any) -> BranchScorer:
+    return BranchScorer(target, k=K, k_branch=16, rng=np.random.default_rng(3), **more)
+
+
+def test_greedy_text_gives_the_branches_that_decoding_left(decode: Decode, target: PreTrainedModel) -> None:
+    """Nothing is drawn at temperature 0: tokens and what the target said of them must be those of real decoding."""
+    draft = tiny(7)
+    left = [f.trace for f in decode(draft, 12, temperature=0.0) if f.trace]
+    answers = [trace.without_branches() for trace in left]
+    _, traces = verify(draft, answers, K, np.random.default_rng(0), version=5, scorer=scorer(target))
+    seen = 0
+    for real, trace in zip(left, traces, strict=True):
+        trace.validate()
+        # A round that the answer's end has cut off left a correction out, with its branch, in either.
+        assert trace.rejected_at.tolist() == real.rejected_at.tolist()
+        assert trace.rejected.tolist() == real.rejected.tolist()
+        assert trace.branches is not None
+        assert real.branches is not None
+        for name in ("lens", "tokens", "topk_ids"):
+            assert getattr(trace.branches, name).tolist() == getattr(real.branches, name).tolist(), name
+        scores = (b.topk_logprobs.astype(np.float32) for b in (trace.branches, real.branches))
+        np.testing.assert_allclose(*scores, atol=0.02)
+        seen += len(trace.branches.tokens)
+    assert seen > 200
+
+
+def test_drawn_branches_are_distributed_as_those_of_decoding(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """One prompt, many times: what is rejected first and what the draft says behind it, drawn and really decoded."""
+    counts: list[Counter[tuple[int, ...]]] = [Counter(), Counter()]
+    params = SamplingParams(temperature=1.0, max_tokens=1)
+    engine = SpeculativeDecoder(
+        target, draft, k=K, max_batch=16, max_length=96, capture=CaptureConfig(k_top=VOCAB, reserved_share=0.0)
+    )
+    waiting = [DecodeRequest(f"r{i}", [5, 9], replace(params, seed=i)) for i in range(1500)]
+    left: list[Trace] = []
+    while waiting or engine.active:
+        while waiting and engine.can_add():
+            engine.add(waiting.pop())
+        left += [d.finished.trace for d in engine.step() if d.finished is not None and d.finished.trace is not None]
+    answers = [trace.without_branches() for trace in left]
+    _, traces = verify(draft, answers, K, np.random.default_rng(0), version=5, scorer=scorer(target))
+    for found, count in zip((left, traces), counts, strict=True):
+        for trace in found:
+            if len(trace.rejected_at):
+                assert trace.branches is not None
+                assert len(trace.branches.tokens) == K
+                count[tuple(trace.branches.tokens[:2].tolist())] += 1
+    real, drawn = counts
+    total = real.total(), drawn.total()
+    assert min(total) > 300
+    for pair in set(real) | set(drawn):
+        share = (real[pair] + drawn[pair]) / sum(total)
+        error = np.sqrt(share * (1 - share) * (1 / total[0] + 1 / total[1]))
+        assert abs(real[pair] / total[0] - drawn[pair] / total[1]) < 4.5 * error, pair
+
+
+def test_only_the_traces_that_are_wanted_get_branches(decode: Decode, target: PreTrainedModel) -> None:
+    answers = [f.trace.without_branches() for f in decode(tiny(7), 4, temperature=1.0) if f.trace]
+    chosen = scorer(target, wanted=lambda trace: trace.request_id in ("r1", "r2"))
+    _, traces = verify(tiny(7), answers, K, np.random.default_rng(0), version=0, scorer=chosen)
+    assert {t.request_id for t in traces if t.branches is not None} == {"r1", "r2"}
