@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from adaptd.decoding.recall import captured_probs
 from adaptd.learning.batch import collate, draft_logits
+from adaptd.learning.evaluate import Rule
 from buffers.trace import Branches, Source, Trace
 from policies.warp import served_probs
 
@@ -30,6 +31,7 @@ class BranchScorer:
       k_branch: target candidates kept behind each token.
       rng: draws the tokens.
       wanted: which traces are to have them.
+      rule: of the engine that serves: one that drafts greedily proposes its first choice at any temperature.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class BranchScorer:
         k_branch: int,
         rng: np.random.Generator,
         wanted: Callable[[Trace], bool] = lambda _: True,
+        rule: Rule = "rejection",
     ) -> None:
-        self.target = target
+        self.target, self._rule = target, rule
         self._k, self._k_branch, self._rng, self._wanted = k, k_branch, rng, wanted
 
     @torch.inference_mode()
@@ -83,7 +86,7 @@ class BranchScorer:
             for trace, row, branch, n in zip(shown, behind, branches, lengths, strict=True):
                 longer = np.flatnonzero(n > depth)
                 ends = np.cumsum([len(b) for b in branch])[longer] - 1
-                if trace.temperature == 0:
+                if self._greedy(trace):
                     drawn = row[ends].argmax(-1).numpy(force=True)
                 else:
                     drawn = self._draw(served_probs(row[ends], trace.temperature, trace.top_k, trace.top_p))
@@ -93,7 +96,7 @@ class BranchScorer:
 
     def _rejected(self, trace: Trace, logits: Tensor) -> list[int]:
         """The proposals that were rejected, [C]: drawn from max(0, q - p), as a rejection says that they were."""
-        if trace.temperature == 0:
+        if self._greedy(trace):
             best: list[int] = logits.argmax(-1).tolist()
             return best
         q = served_probs(logits, trace.temperature, trace.top_k, trace.top_p)
@@ -102,6 +105,9 @@ class BranchScorer:
         left = (q - p).clamp_min(0)
         drawn: list[int] = self._draw(torch.where(left.sum(-1, keepdim=True) > 0, left, q)).tolist()
         return drawn
+
+    def _greedy(self, trace: Trace) -> bool:
+        return trace.temperature == 0 or self._rule == "greedy_draft"
 
     def _draw(self, mass: Tensor) -> NDArray[np.int64]:
         """A token of each row, in proportion to its mass [N, V]."""

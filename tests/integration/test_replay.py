@@ -150,7 +150,11 @@ def test_an_interrupted_replay_goes_on_and_leaves_a_fitted_deployment(
     # What was held out is nowhere to be learned from or judged on.
     held = RECORDS - found["prequential"]["records"]
     assert held > 0
-    assert len({t.request_id for t in stored(config)}) == RECORDS - held
+    kept = stored(config)
+    assert len({t.request_id for t in kept}) == RECORDS - held
+    # The target was asked what stands behind the draft's rejections, for what is learned from.
+    assert all((t.branches is None) == t.reserved for t in kept if len(t.rejected_at))
+    assert sum(len(t.branches.tokens) for t in kept if t.branches is not None) > RECORDS
     page = (tmp_path / "report" / "replay.html").read_text()
     assert "data:image/png;base64," in page
     assert (tmp_path / "report" / "replay.png").stat().st_size > 5000

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adaptd.actors.parts import learner_cycle, serving_rule
 from adaptd.app.replay.models import ReplayModels
+from adaptd.bench.branches import BranchScorer
 from adaptd.bench.learners import LearnerSpec
 from adaptd.bench.learners import build as build_learner
 from adaptd.bench.verify import verify
@@ -59,6 +60,17 @@ class Rehearsal:
         self.before_version, self.before = _current(CheckpointStore(start))
         self.version, self.after = _current(self._store)
         self.promoted = 0
+        self._held: set[str] = set()
+        self._scorer: BranchScorer | None = None
+        if models.target is not None and config.capture.k_branch and config.learn.branch_weight:
+            self._scorer = BranchScorer(
+                models.target,
+                k=config.engine.k,
+                k_branch=config.capture.k_branch,
+                rng=np.random.default_rng([config.seed, 0xB4A]),
+                wanted=lambda trace: not trace.reserved and trace.request_id not in self._held,
+                rule=self._rule,
+            )
 
     def observe(self, traces: Sequence[Trace], held: Sequence[bool]) -> Iterator[tuple[Trace, Profile, Profile]]:
         """Each trace as serving it now would have left it, with what it would have cost the first and the present draft.
@@ -69,6 +81,7 @@ class Rehearsal:
             return
         first = self.profiles(traces, self.before)
         self._stand(self.after)
+        self._held = {t.request_id for t, out in zip(traces, held, strict=True) if out}
         now, seen = verify(
             self._models.draft.model,
             traces,
@@ -77,6 +90,7 @@ class Rehearsal:
             version=self.version,
             k_draft=self._config.capture.k_draft,
             rule=self._rule,
+            scorer=self._scorer,
         )
         yield from zip(traces, first, now, strict=True)
         kept = [t for t, out in zip(seen, held, strict=True) if not out]

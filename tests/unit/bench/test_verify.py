@@ -165,3 +165,21 @@ def test_only_the_traces_that_are_wanted_get_branches(decode: Decode, target: Pr
     chosen = scorer(target, wanted=lambda trace: trace.request_id in ("r1", "r2"))
     _, traces = verify(tiny(7), answers, K, np.random.default_rng(0), version=0, scorer=chosen)
     assert {t.request_id for t in traces if t.branches is not None} == {"r1", "r2"}
+
+
+def test_an_engine_that_drafts_greedily_would_have_proposed_the_drafts_first_choices(
+    decode: Decode, target: PreTrainedModel
+) -> None:
+    draft = tiny(7)
+    answers = [f.trace.without_branches() for f in decode(draft, 4, temperature=1.0) if f.trace]
+    chosen = scorer(target, rule="greedy_draft")
+    _, traces = verify(draft, answers, K, np.random.default_rng(0), version=0, rule="greedy_draft", scorer=chosen)
+    for trace in traces:
+        assert trace.branches is not None
+        start = 0
+        for at, n in zip(trace.rejected_at.tolist(), trace.branches.lens.tolist(), strict=True):
+            branch = trace.branches.tokens[start : start + n].tolist()
+            start += n
+            text = torch.tensor([trace.tokens[: trace.prompt_len + at].tolist() + branch])
+            with torch.no_grad():
+                assert draft(text).logits[0, -n - 1 : -1].argmax(-1).tolist() == branch
