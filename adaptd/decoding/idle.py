@@ -61,13 +61,15 @@ class IdleLane:
         self.errors = 0
         """Callbacks that raised."""
 
-    def __len__(self) -> int:
+    @property
+    def running(self) -> int:
         """Requests in the engine."""
         return len(self._running)
 
-    def __bool__(self) -> bool:
-        """Whether there is anything to do."""
-        return bool(self._waiting or self._running)
+    @property
+    def pending(self) -> int:
+        """Requests in the engine, and those that wait."""
+        return len(self._running) + len(self._waiting)
 
     def put(self, request: DecodeRequest, on_finished: OnFinished) -> None:
         """Queues a request."""

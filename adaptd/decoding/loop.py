@@ -203,7 +203,7 @@ class DecodeLoop:
             return replace(
                 self._stats,
                 queued=len(self._queue),
-                active=self._engine.active - len(self._idle),
+                active=self._engine.active - self._idle.running,
                 again=self._idle.answered,
                 callback_errors=self._stats.callback_errors + self._idle.errors,
                 draft_version=self._engine.draft_version,
@@ -232,14 +232,14 @@ class DecodeLoop:
 
     def next_action(self) -> Action:
         """What the loop would do now. Swaps come first: the sooner, the fewer rounds run on old weights."""
-        busy = bool(self._queue or self._aborts or self._engine.active > len(self._idle))
+        busy = bool(self._queue or self._aborts or self._engine.active > self._idle.running)
         if self._deadline is not None and (not busy or self._clock() >= self._deadline):
             return Action.CLOSE
         if self._swaps:
             return Action.SWAP
         if self._calls:
             return Action.CALL
-        return Action.STEP if busy or self._idle else Action.WAIT
+        return Action.STEP if busy or self._idle.pending else Action.WAIT
 
     # -- the loop's thread ---------------------------------------------------------------------------------------
 
@@ -268,7 +268,7 @@ class DecodeLoop:
             aborts, self._aborts = self._aborts, []
         for request_id in aborts:
             self._abort(request_id)
-        if self._idle and self._queue:
+        if self._idle.running and self._queue:
             self._idle.give_way(self._engine)
         while self._engine.can_add():
             with self._wake:
@@ -276,13 +276,13 @@ class DecodeLoop:
             if request is None:
                 break
             self._engine.add(request)
-        if self._engine.active == len(self._idle):
+        if self._engine.active == self._idle.running:
             self._idle.start(self._engine)
         if not self._engine.active:
             return
         started = self._clock()
         deltas = self._engine.step()
-        if len(self._idle):
+        if self._idle.running:
             self._idle.settle(deltas)
             return
         self._count(deltas, self._clock() - started)
