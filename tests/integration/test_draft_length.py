@@ -12,6 +12,7 @@ from adaptd.config import checked
 from adaptd.decoding.build import build_loop
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.request import DecodeRequest, Delta, Finished, SamplingParams
+from adaptd.models import load
 from policies.draft_length import DraftLength
 from policies.round_costs import RoundCosts
 
@@ -101,14 +102,12 @@ def test_k_falls_where_little_is_accepted_and_rises_when_a_better_draft_is_swapp
 
 @pytest.mark.parametrize("length", ["auto", "fixed"])
 def test_the_setting_reaches_the_decoders_and_they_tell_what_was_chosen(
-    pocket_target: Any,
-    pocket_draft: Any,
-    pocket_tokenizer: Any,
-    pocket_prompts: dict[str, list[list[int]]],
-    length: str,
+    pocket_draft: Any, pocket_tokenizer: Any, pocket_prompts: dict[str, list[list[int]]], length: str
 ) -> None:
     config = checked({"engine": {"k": 2, "draft_length": length, "max_length": 320}})
-    loop = build_loop(config, copy.deepcopy(pocket_target), pocket_draft, pocket_tokenizer, "t")
+    # One of its own, since a loop packs it.
+    target = load.load_causal_lm(load.resolve("pocket", "target"), dtype="float32", device="cpu")
+    loop = build_loop(config, target, pocket_draft, pocket_tokenizer, "t")
     try:
         ends: Queue[Delta] = Queue()
         for request in requests(pocket_prompts["medical"][:3], "medical", 30):
