@@ -106,7 +106,7 @@ class LearnConfig(_Section):
     max_refusals: int = Field(6, ge=1)
     """Refusals in a row after which learning restarts from the published version."""
     max_tokens: int = Field(384, ge=16)
-    """Longest trace in a training batch, in tokens, cut on the left."""
+    """Longest trace in a training batch, in tokens, cut on the left, and the most tokens of what stands behind its rejections."""
     prompt_gradient: bool = False
     """Also learn through what the prompt's tokens leave behind for the answer's: dearer, and no better."""
     threads: int = Field(1, ge=1)
