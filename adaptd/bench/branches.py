@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adaptd.config import Config
 from adaptd.decoding.recall import captured_probs
 from adaptd.learning.batch import collate, draft_logits
+from adaptd.learning.branches import reads_branches
 from adaptd.learning.evaluate import Rule
 from buffers.trace import Branches, Source, Trace
 from policies.warp import served_probs
@@ -60,9 +62,10 @@ class BranchScorer:
         if not at:
             return list(traces)
         grown = self._grow(draft, [traces[i] for i in at], [logits[i] for i in at])
-        scored = _behind(self.target, grown).log_softmax(-1).topk(self._k_branch, dim=-1)
-        ids = scored.indices.numpy(force=True).astype(np.uint32)
-        logprobs = scored.values.numpy(force=True).astype(np.float16)
+        scored = _behind(self.target, grown).log_softmax(-1)
+        best = scored.topk(min(self._k_branch, scored.shape[-1]), dim=-1)
+        ids = best.indices.numpy(force=True).astype(np.uint32)
+        logprobs = best.values.numpy(force=True).astype(np.float16)
         found, start = list(traces), 0
         for i, trace in zip(at, grown, strict=True):
             rows = slice(start, start + len(_branches(trace).tokens))
@@ -117,6 +120,22 @@ class BranchScorer:
             force=True
         )
         return drawn
+
+
+def build_scorer(
+    config: Config,
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    rng: np.random.Generator,
+    *,
+    wanted: Callable[[Trace], bool],
+    rule: Rule = "rejection",
+) -> BranchScorer | None:
+    """A scorer as configured; None if nothing is to be learned from branches, or one of the models cannot read them."""
+    k_branch = config.capture.k_branch
+    if not k_branch or not config.learn.branch_weight or not (reads_branches(target) and reads_branches(draft)):
+        return None
+    return BranchScorer(target, k=config.engine.k, k_branch=k_branch, rng=rng, wanted=wanted, rule=rule)
 
 
 def _accepted_before(trace: Trace) -> NDArray[np.int64]:

@@ -104,6 +104,9 @@ class LearnerSpec(BaseModel):
 class Learner:
     """The frozen draft, and what the others add to it."""
 
+    #: Whether it learns from what it serves.
+    learns = False
+
     def __init__(self, config: Config, seed: int, spec: LearnerSpec) -> None:
         self.config, self._k_top = config, spec.k_top
         self.rng = np.random.default_rng([seed, 0x1EA2])
@@ -123,11 +126,6 @@ class Learner:
     def trainable_fraction(self) -> float:
         """Learned parameters over the draft's."""
         return 0.0
-
-    @property
-    def learns_from_branches(self) -> bool:
-        """Whether what a verification scores behind its rejections is of use to it."""
-        return False
 
     def prepare(self, answers: Sequence[Trace]) -> None:
         """In front of the stream; only the oracle looks."""
@@ -159,6 +157,8 @@ class Learner:
 class Online(Learner):
     """Learn from each batch of new traces, then forget it."""
 
+    learns = True
+
     def __init__(self, config: Config, seed: int, spec: LearnerSpec) -> None:
         super().__init__(config, seed, spec)
         self._spec = spec
@@ -169,11 +169,6 @@ class Online(Learner):
     def trainable_fraction(self) -> float:
         """Learned parameters over the draft's."""
         return self.draft.trainable_fraction
-
-    @property
-    def learns_from_branches(self) -> bool:
-        """As configured."""
-        return self.config.capture.k_branch > 0 and self.config.learn.branch_weight > 0
 
     def observe(self, traces: Sequence[Trace], again: Mapping[str, Sequence[Trace]] = _NONE) -> None:
         """One update for each `update_every` traces."""
@@ -203,6 +198,8 @@ class Online(Learner):
 class Oracle(Online):
     """Trained on the whole stream before it begins: what learning online can hope for."""
 
+    learns = False
+
     def prepare(self, answers: Sequence[Trace]) -> None:
         """`epochs` passes over every answer, or over the `first` ones."""
         started = time.perf_counter()
@@ -219,6 +216,8 @@ class Oracle(Online):
 class Cycle(Learner):
     """adaptd's learner: ticks of `LearnerCycle` as new traces come in; serves what the gate lets through."""
 
+    learns = True
+
     def __init__(self, config: Config, seed: int, spec: LearnerSpec) -> None:
         super().__init__(config, seed, spec)
         self._folder = tempfile.TemporaryDirectory(prefix="adaptd-bench-")
@@ -233,11 +232,6 @@ class Cycle(Learner):
     def trainable_fraction(self) -> float:
         """Learned parameters over the draft's."""
         return self._learning.trainable_fraction
-
-    @property
-    def learns_from_branches(self) -> bool:
-        """As configured."""
-        return self.config.capture.k_branch > 0 and self.config.learn.branch_weight > 0
 
     def observe(self, traces: Sequence[Trace], again: Mapping[str, Sequence[Trace]] = _NONE) -> None:
         """Insert, and tick when enough is new."""

@@ -17,7 +17,7 @@ import numpy as np
 from adaptd.actors.parts import load_pair
 from adaptd.bench import metrics
 from adaptd.bench.answers import AnswerPool, file_again, read_answers
-from adaptd.bench.branches import BranchScorer
+from adaptd.bench.branches import BranchScorer, build_scorer
 from adaptd.bench.learners import Learner, LearnerSpec, build
 from adaptd.bench.run import Run, RunLog, run_key
 from adaptd.bench.stream import Source, Stream, plan
@@ -182,15 +182,15 @@ def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, see
 
 def _scorer(config: Config, learner: Learner, target: str, seed: int) -> BranchScorer | None:
     """What scores the proposals behind rejections for a learner that learns from them; None for any other."""
-    own, rng = learner.config, np.random.default_rng([seed, 0xB4A])
-    if not learner.learns_from_branches:
+    if not learner.learns:
         return None
-    return BranchScorer(
+    share = learner.config.capture.reserved_share
+    return build_scorer(
+        learner.config,
         load_pair(_with_target(config, None if target == _DEFAULT_TARGET else target), 0.0).target,
-        k=own.engine.k,
-        k_branch=own.capture.k_branch,
-        rng=rng,
-        wanted=lambda trace: not is_reserved(trace.request_id, own.capture.reserved_share),
+        learner.model,
+        np.random.default_rng([seed, 0xB4A]),
+        wanted=lambda trace: not is_reserved(trace.request_id, share),
     )
 
 

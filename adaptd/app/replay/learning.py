@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptd.actors.parts import learner_cycle, serving_rule
 from adaptd.app.replay.models import ReplayModels
-from adaptd.bench.branches import BranchScorer
+from adaptd.bench.branches import BranchScorer, build_scorer
 from adaptd.bench.learners import LearnerSpec
 from adaptd.bench.learners import build as build_learner
 from adaptd.bench.verify import verify
@@ -62,12 +62,12 @@ class Rehearsal:
         self.promoted = 0
         self._held: set[str] = set()
         self._scorer: BranchScorer | None = None
-        if models.target is not None and config.capture.k_branch and config.learn.branch_weight:
-            self._scorer = BranchScorer(
+        if models.target is not None:
+            self._scorer = build_scorer(
+                config,
                 models.target,
-                k=config.engine.k,
-                k_branch=config.capture.k_branch,
-                rng=np.random.default_rng([config.seed, 0xB4A]),
+                models.draft.model,
+                np.random.default_rng([config.seed, 0xB4A]),
                 wanted=lambda trace: not trace.reserved and trace.request_id not in self._held,
                 rule=self._rule,
             )

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from adaptd.bench.branches import BranchScorer
+from adaptd.bench.branches import BranchScorer, build_scorer
 from adaptd.bench.verify import rejections_only, sources, verify
+from adaptd.config import Config, checked
 from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.request import DecodeRequest, SamplingParams
@@ -183,3 +184,17 @@ def test_an_engine_that_drafts_greedily_would_have_proposed_the_drafts_first_cho
             text = torch.tensor([trace.tokens[: trace.prompt_len + at].tolist() + branch])
             with torch.no_grad():
                 assert draft(text).logits[0, -n - 1 : -1].argmax(-1).tolist() == branch
+
+
+@pytest.mark.parametrize("off", [{"capture": {"k_branch": 0}}, {"learn": {"branch_weight": 0.0}}])
+def test_nothing_is_scored_where_nobody_would_learn_from_it(
+    target: PreTrainedModel, off: dict[str, dict[str, float]]
+) -> None:
+    def build(config: Config, draft: PreTrainedModel) -> BranchScorer | None:
+        return build_scorer(config, target, draft, np.random.default_rng(0), wanted=lambda _: True)
+
+    assert build(Config(), tiny(7)) is not None
+    assert build(checked(off), tiny(7)) is None
+    windowed = tiny(7)
+    windowed.config.sliding_window = 8
+    assert build(Config(), windowed) is None
