@@ -127,7 +127,7 @@ class CaptureConfig(_Section):
     k_draft: int = Field(8, ge=1, le=64)
     """Most likely draft tokens kept at a correction."""
     k_branch: int = Field(32, ge=0, le=256)
-    """Most likely target tokens kept behind each proposal that was rejected or stood behind a rejected one; 0: none."""
+    """Most likely target tokens kept behind each rejected proposal and those after it, with `positions: all`; 0: none."""
     max_tokens: int = Field(2048, ge=16)
     """Longest trace, in tokens, cut on the left."""
     reserved_share: float = Field(0.15, ge=0, le=0.5)
