@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from adaptd.config import Config
 from adaptd.decoding.recall import captured_probs
+from adaptd.decoding.sampling import inverse_cdf
 from adaptd.learning.batch import collate, draft_logits
 from adaptd.learning.branches import reads_branches
 from adaptd.learning.evaluate import Rule
@@ -46,7 +47,7 @@ class BranchScorer:
         wanted: Callable[[Trace], bool] = lambda _: True,
         rule: Rule = "rejection",
     ) -> None:
-        self.target, self._rule = target, rule
+        self._target, self._rule = target, rule
         self._k, self._k_branch, self._rng, self._wanted = k, k_branch, rng, wanted
 
     @torch.inference_mode()
@@ -62,7 +63,7 @@ class BranchScorer:
         if not at:
             return list(traces)
         grown = self._grow(draft, [traces[i] for i in at], [logits[i] for i in at])
-        scored = _behind(self.target, grown).log_softmax(-1)
+        scored = _behind(self._target, grown).log_softmax(-1)
         best = scored.topk(min(self._k_branch, scored.shape[-1]), dim=-1)
         ids = best.indices.numpy(force=True).astype(np.uint32)
         logprobs = best.values.numpy(force=True).astype(np.float16)
@@ -114,11 +115,8 @@ class BranchScorer:
 
     def _draw(self, mass: Tensor) -> NDArray[np.int64]:
         """A token of each row, in proportion to its mass [N, V]."""
-        sums = mass.double().cumsum(-1)
-        uniform = torch.from_numpy(self._rng.random(len(mass))).to(sums.device)
-        drawn: NDArray[np.int64] = torch.searchsorted(sums, (uniform * sums[:, -1])[:, None], right=True)[:, 0].numpy(
-            force=True
-        )
+        uniforms = torch.from_numpy(self._rng.random(len(mass), np.float32)).to(mass.device)
+        drawn: NDArray[np.int64] = inverse_cdf(mass, uniforms).numpy(force=True)
         return drawn
 
 

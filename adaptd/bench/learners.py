@@ -68,6 +68,11 @@ class LearnerSpec(BaseModel):
             raise ValueError(f"held_out and first are for an oracle; kind is {self.kind!r}")
         return self
 
+    @property
+    def learns(self) -> bool:
+        """Whether it learns from what it serves."""
+        return self.kind in ("online", "cycle")
+
     def with_rate(self, rate: float) -> LearnerSpec:
         """The same learner at one learning rate, with none left to choose from."""
         learn = {**self.settings.get("learn", {}), "lr": rate}
@@ -103,9 +108,6 @@ class LearnerSpec(BaseModel):
 
 class Learner:
     """The frozen draft, and what the others add to it."""
-
-    #: Whether it learns from what it serves.
-    learns = False
 
     def __init__(self, config: Config, seed: int, spec: LearnerSpec) -> None:
         self.config, self._k_top = config, spec.k_top
@@ -157,8 +159,6 @@ class Learner:
 class Online(Learner):
     """Learn from each batch of new traces, then forget it."""
 
-    learns = True
-
     def __init__(self, config: Config, seed: int, spec: LearnerSpec) -> None:
         super().__init__(config, seed, spec)
         self._spec = spec
@@ -198,8 +198,6 @@ class Online(Learner):
 class Oracle(Online):
     """Trained on the whole stream before it begins: what learning online can hope for."""
 
-    learns = False
-
     def prepare(self, answers: Sequence[Trace]) -> None:
         """`epochs` passes over every answer, or over the `first` ones."""
         started = time.perf_counter()
@@ -215,8 +213,6 @@ class Oracle(Online):
 
 class Cycle(Learner):
     """adaptd's learner: ticks of `LearnerCycle` as new traces come in; serves what the gate lets through."""
-
-    learns = True
 
     def __init__(self, config: Config, seed: int, spec: LearnerSpec) -> None:
         super().__init__(config, seed, spec)

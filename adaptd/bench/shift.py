@@ -145,12 +145,12 @@ def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, see
     versions: list[int] = []
     kept = positions = tokens = 0
     target, k = answers[0].target_id, learner.config.engine.k
-    scorer = _scorer(config, learner, target, seed)
+    scorer = _scorer(config, learner, target, seed) if spec.learns else None
     for chunk in chunks(answers):
         if chunk[0].target_id != target:
             target = chunk[0].target_id
             learner.change_target(target)
-            scorer = _scorer(config, learner, target, seed)
+            scorer = _scorer(config, learner, target, seed) if spec.learns else None
         found, traces = verify(
             learner.model, chunk, k, rng, version=learner.version, recall=learner.recall, scorer=scorer
         )
@@ -181,9 +181,7 @@ def serve(config: Config, files: Answers, stream: Stream, spec: LearnerSpec, see
 
 
 def _scorer(config: Config, learner: Learner, target: str, seed: int) -> BranchScorer | None:
-    """What scores the proposals behind rejections for a learner that learns from them; None for any other."""
-    if not learner.learns:
-        return None
+    """What scores the proposals behind rejections for a learner, if it is to learn from them."""
     share = learner.config.capture.reserved_share
     return build_scorer(
         learner.config,

@@ -100,7 +100,8 @@ def append_branches(
         place = slice(end, end + len(part.token))
         wide[i, place], fork[i, place], branch[i, place] = part.token, part.fork, part.number
         position[i, place] = part.fork + part.within
-    depth = min(part.topk_ids.shape[1] for part in parts if len(part.token))
+    some = [part for part in parts if len(part.token)]
+    depth = min(part.topk_ids.shape[1] for part in some)
 
     def tensor(arrays: Sequence[NDArray[Any]], dtype: type) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device)
@@ -113,8 +114,8 @@ def append_branches(
             layout=layout,
             row=tensor([np.full(n, i) for i, n in enumerate(counts)], np.int64),
             column=tensor([end + np.arange(n) for end, n in zip(ends, counts, strict=True)], np.int64),
-            topk_ids=tensor([part.topk_ids[:, :depth] for part in parts if len(part.token)], np.int64),
-            topk_logprobs=tensor([part.topk_logprobs[:, :depth] for part in parts if len(part.token)], np.float32),
+            topk_ids=tensor([part.topk_ids[:, :depth] for part in some], np.int64),
+            topk_logprobs=tensor([part.topk_logprobs[:, :depth] for part in some], np.float32),
         ),
     )
 

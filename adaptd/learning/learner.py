@@ -199,12 +199,13 @@ class DraftLearner:
                 -1
             )
             divergence = divergence.masked_scatter(kept, moved)
-        weight = torch.from_numpy(weights).float().to(device)[batch.row[batch.judged]]
+        importance = torch.from_numpy(weights).float().to(device)
+        weight = importance[batch.row[batch.judged]]
         weight = weight.where(batch.source != Source.CORRECTION, self._rejection_weight * weight)
         summed, mass = (divergence * weight).sum(), weight.sum()
         if batch.branches is not None:
-            of_branches, weight = self._branch_loss(aside, batch.branches, torch.from_numpy(weights).float().to(device))
-            summed, mass = summed + of_branches, mass + weight
+            beside, more = self._branch_loss(aside, batch.branches, importance)
+            summed, mass = summed + beside, mass + more
         loss = summed / mass
         applied = bool(torch.isfinite(loss)) and self._apply(loss)
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
