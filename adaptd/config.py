@@ -64,7 +64,9 @@ class LearnConfig(_Section):
     rejection_weight: float = Field(1.0, gt=0)
     """Weight of corrections in the loss, against 1 for every other position."""
     branch_weight: float = Field(1.0, ge=0)
-    """Weight there of each position that was scored behind a rejection (`capture.k_branch`); 0 leaves them out."""
+    """Weight there of each position beside the answer (`capture.k_branch`, `capture.alternatives`); 0 leaves them out."""
+    branch_share: float = Field(0.5, gt=0, le=1)
+    """Share of what stands beside an answer that a step reads; other parts of it in the next."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """`muon`: Muon on the matrices of private expert and LoRA, AdamW on everything else; `adamw`: AdamW on all."""
     lr: float = Field(3e-3, gt=0)
@@ -132,10 +134,17 @@ class CaptureConfig(_Section):
     """Longest trace, in tokens, cut on the left."""
     reserved_share: float = Field(0.15, ge=0, le=0.5)
     """Share of requests kept for the gate and never trained on."""
+    alternatives: int = Field(3, ge=0, le=16)
+    """Other tokens at each position behind which idle decoders ask the target, `k_branch` tokens each, to learn from."""
     again: int = Field(0, ge=0, le=16)
     """Further answers that idle decoders give to each prompt, to learn from; not to greedy or reserved ones."""
     max_pending: int = Field(1024, ge=1)
     """Traces waiting for the buffer; one more drops the oldest."""
+
+    @property
+    def asked(self) -> int:
+        """`alternatives`, where anything beside the answer is kept; else 0."""
+        return self.alternatives if self.k_branch and self.positions == "all" else 0
 
 
 class BufferConfig(_Section):

@@ -19,10 +19,11 @@ from safetensors.numpy import load, save
 from buffers.errors import CorruptTrace, SchemaMismatch, TruncatedTrace
 from buffers.trace import NOT_SCALARS, Trace
 
-#: Raise it whenever a field is added, removed or changes meaning. 2: branches.
-SCHEMA_VERSION: Final = 2
-#: Versions that can be read, all others are refused by name: a trace of version 1 is one of version 2 without branches.
-_READABLE: Final = (1, SCHEMA_VERSION)
+#: Raise it whenever a field is added, removed or changes meaning. 2: branches; 3: they say where they begin.
+SCHEMA_VERSION: Final = 3
+#: Versions that can be read, all others are refused by name. In version 1 there are no branches, in version 2 there is one
+#: for each correction.
+_READABLE: Final = (1, 2, SCHEMA_VERSION)
 
 _METADATA_KEY: Final = "adaptd_trace"
 _LENGTH_BYTES: Final = 8  # safetensors: little-endian length of the JSON header
@@ -53,6 +54,8 @@ def decode(payload: bytes) -> Trace:
         text = about["scalars"]
         if about["crc32"] != _checksum(text, arrays):
             raise CorruptTrace("checksum does not match", n_bytes=size)
+        if about["schema"] == 2 and "branch_lens" in arrays:
+            arrays["branch_at"] = arrays["rejected_at"]
         scalars = {n: math.nan if v is None else v for n, v in json.loads(text).items()}
         _check_scalars(scalars)
         trace = Trace.of(arrays, scalars)

@@ -58,5 +58,5 @@ def synthetic_trace(
         tokens[first] = rejected[rejected_at]
         best = rng.integers(0, vocabulary, (len(tokens), n_branch_top)).astype(np.uint32)
         logprobs = -np.sort(rng.exponential(4.0, best.shape)).astype(np.float16)
-        fields["branches"] = Branches(lens, tokens, best, logprobs)
+        fields["branches"] = Branches(rejected_at, lens, tokens, best, logprobs)
     return Trace(**(fields | overrides))

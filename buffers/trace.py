@@ -7,18 +7,19 @@ logits row ``prompt_len + r - 1``, of the target and of the draft alike. `Trace.
 array; use it instead of writing the arithmetic again.
 
 Letters in shapes: T tokens in all, R = T - prompt_len response positions, K target candidates a position, C corrections
-(rejected proposals), K' draft candidates a correction, U tokens of branches, K'' target candidates behind each of them, H
-hidden size.
+(rejected proposals), K' draft candidates a correction, F branches, U tokens of them all, K'' target candidates behind each
+token, H hidden size.
 
 Two capture modes share one layout. With every position captured ``topk_ids`` has R rows, one a response position. With
 only rejected positions captured it has C rows, row c belonging to response position ``rejected_at[c]``.
 `Trace.judged_at` gives the response position of each row in both cases.
 
-A verification scores all proposals of a round, also those behind the one that it rejects. A *branch* is that rejected
-proposal and those behind it: text that the draft would have said and the answer does not. Branch c begins at response
-position ``rejected_at[c]``, in the place of the correction, and has ``branches.lens[c]`` tokens; token j of it stands behind
-``tokens[: prompt_len + rejected_at[c]]`` and the j branch tokens before it. Row u of ``branches.topk_ids`` is the target's
-distribution of what follows branch token u.
+A *branch* is text that the answer does not have and the target was asked about: a rejected proposal and those behind it,
+which the verification of a round scores with the others, or one of the *alternatives*, other tokens that the target might
+have said, which an idle decoder asks about. Branch f begins at response position ``branches.at[f]``, in the place of the
+token there, and has ``branches.lens[f]`` tokens; token j of it stands behind ``tokens[: prompt_len + branches.at[f]]`` and
+the j branch tokens before it. Row u of ``branches.topk_ids`` is the target's distribution of what follows branch token u.
+Rejected proposals come first, one branch a correction; several may begin at one position.
 """
 
 import hashlib
@@ -56,7 +57,8 @@ ARRAY_FIELDS: "Final[dict[str, tuple[tuple[np.dtype[Any], ...], str]]]" = {
     "rejected_at": ((np.dtype(np.int32),), "C"),
     "draft_topk_ids": ((np.dtype(np.uint32),), "CD"),
     "draft_topk_logprobs": ((np.dtype(np.float16),), "CD"),
-    "branch_lens": ((np.dtype(np.uint8),), "C"),
+    "branch_at": ((np.dtype(np.int32),), "F"),
+    "branch_lens": ((np.dtype(np.uint8),), "F"),
     "branch_tokens": ((np.dtype(np.uint32),), "U"),
     "branch_topk_ids": ((np.dtype(np.uint32),), "UB"),
     "branch_topk_logprobs": ((np.dtype(np.float16),), "UB"),
@@ -70,17 +72,36 @@ NOT_SCALARS: Final = frozenset({*ARRAY_FIELDS, "branches"})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Branches:
-    """What was scored behind the rejections of one sequence; see the module docstring."""
+    """What was scored beside one sequence; see the module docstring."""
 
-    lens: NDArray[np.uint8]  # [C] tokens of each branch
+    at: NDArray[np.int32]  # [F] the response position where each branch begins
+    lens: NDArray[np.uint8]  # [F] tokens of each branch
     tokens: NDArray[np.uint32]  # [U] the branches' tokens, one branch after the other
     topk_ids: NDArray[np.uint32]  # [U, K''] the target's most likely tokens behind each of them
     topk_logprobs: NDArray[np.float16]  # same shape; temperature 1, descending
 
     def take(self, kept: NDArray[np.bool_]) -> "Branches":
-        """Those of some corrections, [C]."""
+        """Some of them, [F]."""
         rows = np.repeat(kept, self.lens)
-        return Branches(self.lens[kept], self.tokens[rows], self.topk_ids[rows], self.topk_logprobs[rows])
+        return Branches(
+            self.at[kept], self.lens[kept], self.tokens[rows], self.topk_ids[rows], self.topk_logprobs[rows]
+        )
+
+    def plus(self, more: "Branches") -> "Branches":
+        """These, and others of the same sequence behind them; K'' is the smaller one."""
+        depth = min(self.topk_ids.shape[1], more.topk_ids.shape[1])
+        return Branches(
+            np.concatenate([self.at, more.at]),
+            np.concatenate([self.lens, more.lens]),
+            np.concatenate([self.tokens, more.tokens]),
+            np.concatenate([self.topk_ids[:, :depth], more.topk_ids[:, :depth]]),
+            np.concatenate([self.topk_logprobs[:, :depth], more.topk_logprobs[:, :depth]]),
+        )
+
+    def cut(self, lost: int) -> "Branches":
+        """Those that begin behind the first `lost` response positions, counted from there."""
+        left = self.take(self.at >= lost)
+        return replace(left, at=left.at - np.int32(lost))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -180,8 +201,14 @@ class Trace:
                 if sizes.setdefault(axis, size) != size:
                     raise ValueError(f"{name} has shape {array.shape}; axis {axis} must be {sizes[axis]}")
         self._validate_contents(sizes["R"])
-        if self.branches is not None and (total := int(self.branches.lens.sum())) != sizes["U"]:
+        if self.branches is None:
+            return
+        if (total := int(self.branches.lens.sum())) != sizes["U"]:
             raise ValueError(f"branch_lens sums to {total}; it must be the {sizes['U']} branch_tokens")
+        if np.any(at := (self.branches.at < 0) | (self.branches.at >= sizes["R"])):
+            raise ValueError(
+                f"branch_at ({self.branches.at[at][0]}) must be a response position, 0 to {sizes['R'] - 1}"
+            )
 
     def _validate_contents(self, n_response: int) -> None:
         at = self.rejected_at
@@ -198,6 +225,10 @@ class Trace:
             raise ValueError(f"shift ({self.shift}) must be finite, or NaN where it is not known")
         if not 0.0 < self.surprise <= 1.0:
             raise ValueError(f"surprise ({self.surprise}) must lie in (0, 1]")
+
+    def beside(self, more: Branches) -> "Trace":
+        """This trace with further branches."""
+        return replace(self, branches=more if self.branches is None else self.branches.plus(more))
 
     def without_branches(self) -> "Trace":
         """This trace, of the answer alone; itself if it has no branches."""
@@ -232,7 +263,7 @@ class Trace:
             draft_topk_ids=self.draft_topk_ids[kept],
             draft_topk_logprobs=self.draft_topk_logprobs[kept],
             features=None if self.features is None else self.features[cut:],
-            branches=None if self.branches is None else self.branches.take(kept),
+            branches=None if self.branches is None else self.branches.cut(lost),
         )
 
 

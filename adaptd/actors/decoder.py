@@ -20,6 +20,7 @@ from adaptd.decoding.timing import Calibration, measure
 from adaptd.errors import DecoderStopped
 from adaptd.models.load import weights_id
 from buffers.open import open_table
+from buffers.trace import Trace
 from buffers.writer import TraceWriter
 from checkpoints.store import CheckpointStore
 
@@ -39,7 +40,7 @@ class DecoderActor:
         )
         store = CheckpointStore(config.home / "checkpoints")
         self._follower = StoreFollower(store, pair.draft, self._loop, pair.identity, name=f"decoder-{index}")
-        self._again = config.capture.again
+        self._again, self._alternatives = config.capture.again, config.capture.asked > 0
         self._poll_s = config.checkpoints.poll_s
         self._polling: asyncio.Task[None] | None = None
         self._timing, self._calibration = config.engine.calibrate, Calibration()
@@ -80,9 +81,9 @@ class DecoderActor:
 
         def on_delta(delta: Delta) -> None:
             if delta.finished is not None and (trace := delta.finished.trace) is not None:
-                self._writer.append(trace, trace.surprise)
+                self._keep(trace)
                 for another in asked_again(request, trace, self._again):
-                    self._loop.submit_idle(another, self._keep)
+                    self._loop.submit_idle(another, self._keep_another)
                 delta = dataclasses.replace(delta, finished=dataclasses.replace(delta.finished, trace=None))
             if stream or delta.finished is not None:
                 put(delta)
@@ -100,13 +101,25 @@ class DecoderActor:
             if not done:
                 self._loop.abort(request.request_id)
 
-    def _keep(self, finished: Finished) -> None:
+    def _keep_another(self, finished: Finished) -> None:
         """An answer that was given again; the gate never judges by one."""
         if finished.trace is not None:
-            self._writer.append(dataclasses.replace(finished.trace, reserved=False), finished.trace.surprise)
+            self._keep(dataclasses.replace(finished.trace, reserved=False))
+
+    def _keep(self, trace: Trace) -> None:
+        """To the buffer, by way of the target if it is to be asked about alternatives."""
+        if self._alternatives and not trace.reserved:
+            self._loop.hold(trace, self._write)
+        else:
+            self._write(trace)
+
+    def _write(self, trace: Trace) -> None:
+        self._writer.append(trace, trace.surprise)
 
     async def flush(self) -> bool:
         """Write the pending traces now; whether all were written."""
+        with contextlib.suppress(DecoderStopped):
+            await asyncio.wrap_future(self._loop.release())
         return await asyncio.to_thread(self._writer.flush, 5.0)
 
     async def status(self) -> dict[str, Any]:

@@ -87,8 +87,11 @@ def _snapshot(status: dict[str, object]) -> Iterator[Metric]:
         yield _counter(f"adaptd_traces_{key}_total", text, sum(d["writer"][key] for d in decoders))
     recalled = sum(d["engine"]["recalled"] for d in decoders)
     yield _gauge("adaptd_recalled_contexts", "Contexts that the decoders remember.", recalled)
-    again = sum(d["engine"]["again"] for d in decoders)
-    yield _counter("adaptd_answers_again_total", "Answers that idle decoders gave once more, to learn from.", again)
+    for key, name, text in (
+        ("again", "answers_again", "Answers that idle decoders gave once more, to learn from."),
+        ("alternatives", "traces_asked", "Traces about whose alternatives idle decoders asked the target."),
+    ):
+        yield _counter(f"adaptd_{name}_total", text, sum(d["engine"][key] for d in decoders))
     for key, text in (("swaps", "Hot swaps."), ("refusals", "Checkpoints refused at a swap.")):
         yield _counter(f"adaptd_swap_{key}_total", text, sum(d["swap"][key] for d in decoders))
     pauses = [d["swap"]["max_pause_s"] for d in decoders]

@@ -228,7 +228,7 @@ class SidecarDaemon(Adaptation):
             "decoders": [
                 {
                     "draft_version": publication.version,
-                    "engine": {"recalled": 0, "again": 0},
+                    "engine": {"recalled": 0, "again": 0, "alternatives": 0},
                     "swap": publication.swaps(),
                     # There is one, for all of them.
                     "writer": dataclasses.asdict(WriterStats(0, 0, 0, 0, 0, False, None) if i else stats),

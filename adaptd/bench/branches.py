@@ -1,7 +1,8 @@
-"""What a verification would have scored behind its rejections: proposals that the emitted text does not tell.
+"""What a verification would have scored behind its rejections, and an idle decoder beside the answer.
 
 The accepted positions follow from the text (`adaptd.bench.verify`); which token was rejected, and what the draft said
-behind it, do not. They are drawn here as decoding draws them, and the target is asked about them in one pass.
+behind it, do not. They are drawn here as decoding draws them, alternatives as an idle decoder draws them, and the target is
+asked about all of them in one pass.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaptd.config import Config
+from adaptd.decoding.alternatives import branches_of, draw_alternatives
 from adaptd.decoding.recall import captured_probs
 from adaptd.decoding.sampling import inverse_cdf
 from adaptd.learning.batch import collate, draft_logits
-from adaptd.learning.branches import reads_branches
+from adaptd.learning.branches import Choice, reads_branches
 from adaptd.learning.evaluate import Rule
 from buffers.trace import Branches, Source, Trace
 from policies.warp import served_probs
@@ -32,6 +34,7 @@ class BranchScorer:
       target: scores them.
       k: proposals a round.
       k_branch: target candidates kept behind each token.
+      alternatives: other tokens at each position, as `adaptd.decoding.alternatives` draws them.
       rng: draws the tokens.
       wanted: which traces are to have them.
       rule: of the engine that serves: one that drafts greedily proposes its first choice at any temperature.
@@ -44,10 +47,11 @@ class BranchScorer:
         k: int,
         k_branch: int,
         rng: np.random.Generator,
+        alternatives: int = 0,
         wanted: Callable[[Trace], bool] = lambda _: True,
         rule: Rule = "rejection",
     ) -> None:
-        self._target, self._rule = target, rule
+        self._target, self._rule, self._alternatives = target, rule, alternatives
         self._k, self._k_branch, self._rng, self._wanted = k, k_branch, rng, wanted
 
     @torch.inference_mode()
@@ -59,10 +63,14 @@ class BranchScorer:
           traces: with `source` and `rejected_at` as its proposals left them, all positions captured.
           logits: the draft's at each trace's positions, [R, V]. What is recalled is not mixed in.
         """
-        at = [i for i, t in enumerate(traces) if self._wanted(t) and len(t.rejected_at)]
+        at = [i for i, t in enumerate(traces) if self._wanted(t)]
         if not at:
             return list(traces)
         grown = self._grow(draft, [traces[i] for i in at], [logits[i] for i in at])
+        if self._alternatives:
+            grown = [self._with_alternatives(trace) for trace in grown]
+        if not any(len(_branches(trace).tokens) for trace in grown):
+            return list(traces)
         scored = _behind(self._target, grown).log_softmax(-1)
         best = scored.topk(min(self._k_branch, scored.shape[-1]), dim=-1)
         ids = best.indices.numpy(force=True).astype(np.uint32)
@@ -97,6 +105,11 @@ class BranchScorer:
                 for b, token in zip(longer, drawn, strict=True):
                     branch[b].append(int(token))
         return [_with_tokens(t, b) for t, b in zip(traces, branches, strict=True)]
+
+    def _with_alternatives(self, trace: Trace) -> Trace:
+        at, tokens = draw_alternatives(trace, self._alternatives, self._rng)
+        empty = np.zeros((len(at), 1))
+        return trace.beside(branches_of(at, tokens, empty, empty))
 
     def _rejected(self, trace: Trace, logits: Tensor) -> list[int]:
         """The proposals that were rejected, [C]: drawn from max(0, q - p), as a rejection says that they were."""
@@ -133,7 +146,15 @@ def build_scorer(
     k_branch = config.capture.k_branch
     if not k_branch or not config.learn.branch_weight or not (reads_branches(target) and reads_branches(draft)):
         return None
-    return BranchScorer(target, k=config.engine.k, k_branch=k_branch, rng=rng, wanted=wanted, rule=rule)
+    return BranchScorer(
+        target,
+        k=config.engine.k,
+        k_branch=k_branch,
+        rng=rng,
+        alternatives=config.capture.asked,
+        wanted=wanted,
+        rule=rule,
+    )
 
 
 def _accepted_before(trace: Trace) -> NDArray[np.int64]:
@@ -152,7 +173,7 @@ def _with_tokens(trace: Trace, branches: Sequence[Sequence[int]]) -> Trace:
     rejected[trace.rejected_at] = [branch[0] for branch in branches]
     lens = np.array([len(branch) for branch in branches], np.uint8)
     empty = np.zeros((len(tokens), 1), np.uint32), np.zeros((len(tokens), 1), np.float16)
-    return dataclasses.replace(trace, rejected=rejected, branches=Branches(lens, tokens, *empty))
+    return dataclasses.replace(trace, rejected=rejected, branches=Branches(trace.rejected_at, lens, tokens, *empty))
 
 
 def _branches(trace: Trace) -> Branches:
@@ -163,5 +184,5 @@ def _branches(trace: Trace) -> Branches:
 def _behind(model: PreTrainedModel, traces: Sequence[Trace]) -> Tensor:
     """A model's logits behind each branch token, [U, V]."""
     longest = max(max(len(t.tokens), len(_branches(t).tokens)) for t in traces)
-    batch = collate(traces, longest, next(model.parameters()).device, branches=True)
+    batch = collate(traces, longest, next(model.parameters()).device, branches=Choice())
     return draft_logits(model, batch)[len(batch.row) :]

@@ -67,6 +67,7 @@ def build_engine(
             k_top=c.k_top,
             k_draft=c.k_draft,
             k_branch=c.k_branch,
+            alternatives=config.capture.asked,
             positions=c.positions,
             max_tokens=c.max_tokens,
             reserved_share=c.reserved_share,

@@ -37,6 +37,8 @@ class CaptureConfig:
     """Draft candidates kept a correction, K'."""
     k_branch: int = 32
     """Target candidates kept behind each token of a branch, K'', at most `k_top`; 0: no branches. Needs `positions` all."""
+    alternatives: int = 0
+    """Other tokens at each position behind which an idle decoder asks the target, `k_branch` candidates each; 0: none."""
     positions: Literal["all", "rejected"] = "all"
     """Target candidates at every response position, or at corrections only."""
     max_tokens: int = 1024
@@ -49,7 +51,7 @@ class CaptureConfig:
     """Name of this engine, as written into traces."""
 
     def __post_init__(self) -> None:
-        for name, least in (("k_top", 1), ("k_draft", 1), ("k_branch", 0), ("max_tokens", 2)):
+        for name, least in (("k_top", 1), ("k_draft", 1), ("k_branch", 0), ("alternatives", 0), ("max_tokens", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
         if self.positions not in ("all", "rejected"):
@@ -206,6 +208,7 @@ class RoundPacker:
                 unused = (column[:k] >= n_accepted) & (column[:k] < lengths)
                 unused, best = unused[rounds_kept], np.s_[rounds_kept, 1:, : self.k_branch]
                 branches = Branches(
+                    at=rejected_at.astype(np.int32),
                     lens=unused.sum(1).astype(np.uint8),
                     tokens=proposals[rounds_kept][unused].astype(np.uint32),
                     topk_ids=topk_ids[best][unused].astype(np.uint32),

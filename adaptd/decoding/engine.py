@@ -14,6 +14,7 @@ Invariants
 * Active rows are slots [0, n_active); rows that are still reading their prompt follow them (`Prefill`). When a row leaves,
   the last active row is copied into its slot.
 * A round makes one device-to-host copy (`RoundPacker.pack`).
+* While there is no request, `ask` reads into slots what it likes, and says what they hold (`Prefill.fetch`).
 
 Not safe for threads: one owner calls everything (`DecodeLoop`).
 """
@@ -23,9 +24,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptd.decoding.alternatives import AlternativesReader, Asking
 from adaptd.decoding.capture import CaptureConfig, Round, RoundPacker, Words
 from adaptd.decoding.drafting import Drafter
 from adaptd.decoding.graphs import Capture
@@ -38,6 +41,7 @@ from adaptd.decoding.sampling import RowParams
 from adaptd.decoding.verify import verify
 from adaptd.errors import ContextLengthExceeded, Overloaded
 from adaptd.models.cache import round_up
+from buffers.trace import Trace
 from policies.draft_length import DraftLength
 from policies.recall import Recall
 
@@ -119,6 +123,13 @@ class SpeculativeDecoder:
             slots=max_batch,
             tokens=prefill_tokens,
             reuse=prefix_caching,
+        )
+        self._alternatives = AlternativesReader(
+            self._target,
+            self._prefill,
+            n=0 if capture is None else capture.alternatives,
+            k_branch=0 if capture is None else capture.k_branch,
+            rng=np.random.default_rng(),
         )
         self.rounds = 0
         """Rounds so far, each over all active rows."""
@@ -300,6 +311,21 @@ class SpeculativeDecoder:
             prompt_tokens=row.prompt_len,
             cached_tokens=row.cached,
         )
+
+    # -- while there is no request -------------------------------------------------------------------------------
+
+    def asking(self, trace: Trace) -> Asking | None:
+        """What there is to ask the target about beside an answer; None: nothing."""
+        return self._alternatives.begin(trace)
+
+    def ask(self, asking: Asking) -> bool:
+        """One short pass of the target over that; whether it was the last. Writes into slots: there must be no request.
+
+        Raises: RuntimeError: there is one.
+        """
+        if self.active:
+            raise RuntimeError(f"{self.active} requests are here, and their slots would be written")
+        return self._alternatives.step(asking)
 
     # -- rows ----------------------------------------------------------------------------------------------------
 

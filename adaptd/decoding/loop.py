@@ -22,10 +22,11 @@ from enum import Enum
 from statistics import median
 from typing import Any, Protocol, TypeVar
 
-from adaptd.decoding.idle import IdleLane, OnFinished
+from adaptd.decoding.idle import HOLD_S, IdleEngine, IdleLane, OnFinished, OnTrace
 from adaptd.decoding.loop_stats import LoopStats, SwapResult
 from adaptd.decoding.request import DecodeRequest, Delta, Finished, RequestStats
 from adaptd.errors import DecoderStopped, Overloaded
+from buffers.trace import Trace
 
 T = TypeVar("T")
 #: Steps whose median is the time of a round: the few that also read prompts do not count.
@@ -45,7 +46,7 @@ class Action(Enum):
     WAIT = "wait"
 
 
-class Engine(Protocol):
+class Engine(IdleEngine, Protocol):
     """What the loop needs of a decoder (`SpeculativeDecoder`)."""
 
     draft_version: int
@@ -62,20 +63,11 @@ class Engine(Protocol):
     def active(self) -> int:
         """Requests added that have not ended."""
 
-    def can_add(self) -> bool:
-        """Whether there is a free slot."""
-
     def check(self, request: DecodeRequest) -> None:
         """Raises if the request can never be served; safe from any thread."""
 
-    def add(self, request: DecodeRequest) -> None:
-        """Takes a request."""
-
     def step(self) -> list[Delta]:
         """Plays a round."""
-
-    def abort(self, request_id: str) -> Finished | None:
-        """Ends a request now."""
 
 
 @dataclass(slots=True)
@@ -160,6 +152,12 @@ class DecodeLoop:
             self._idle.put(request, on_finished)
             self._wake.notify()
 
+    def hold(self, trace: Trace, on_trace: OnTrace) -> None:
+        """Hands a trace on once its alternatives have been asked about while no request was here, or after `HOLD_S` as it is."""
+        with self._wake:
+            self._idle.hold(trace, on_trace, self._clock())
+            self._wake.notify()
+
     def abort(self, request_id: str) -> None:
         """Ends a request before the next round; its last Delta says `abort`. Unknown ids are ignored."""
         with self._wake:
@@ -196,6 +194,10 @@ class DecodeLoop:
                 self._wake.notify()
         return future
 
+    def release(self) -> Future[None]:
+        """Hands on every trace that is held, as it is; done when it has been."""
+        return self.call(lambda _: self._idle.release())
+
     def stats(self) -> LoopStats:
         """Counts so far; never waits for a round."""
         with self._wake:
@@ -205,6 +207,7 @@ class DecodeLoop:
                 queued=len(self._queue),
                 active=self._engine.active - self._idle.running,
                 again=self._idle.answered,
+                alternatives=self._idle.alternatives,
                 callback_errors=self._stats.callback_errors + self._idle.errors,
                 draft_version=self._engine.draft_version,
                 recalled=self._engine.recalled,
@@ -276,7 +279,10 @@ class DecodeLoop:
             if request is None:
                 break
             self._engine.add(request)
+        self._idle.release(self._clock() - HOLD_S)
         if self._engine.active == self._idle.running:
+            if self._idle.ask(self._engine):
+                return
             self._idle.start(self._engine)
         if not self._engine.active:
             return
@@ -363,6 +369,7 @@ class DecodeLoop:
 
     def _release_everyone(self) -> None:
         """Nobody waits for a loop that has ended."""
+        self._idle.release()
         with self._wake:
             if self._deadline is None:
                 self._deadline = self._clock()

@@ -38,6 +38,8 @@ class LoopStats:
     max_pause_s: float
     again: int = 0
     """Answers that were given again while nobody asked; they count nowhere else."""
+    alternatives: int = 0
+    """Traces whose alternatives the target was asked about while nobody asked."""
     recalled: int = 0
     """Contexts in the decoder's recall."""
     round_s: float | None = None

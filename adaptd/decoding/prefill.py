@@ -89,6 +89,18 @@ class Prefill:
     def __len__(self) -> int:
         return len(self.group) + len(self.waiting)
 
+    @property
+    def reuses(self) -> bool:
+        """Whether it is known what slots hold."""
+        return self._slots is not None
+
+    @property
+    def short_chunk(self) -> int:
+        """Positions that the target reads in about `STALL` rounds, for what others may have to wait for."""
+        if not self._token_s:
+            return _LEAST_CHUNK
+        return min(self._tokens, max(_LEAST_CHUNK, round(STALL * self._round_s / self._token_s)))
+
     def played(self, seconds: float) -> None:
         """A round over the active rows took so long."""
         self._round_s = _mean(self._round_s, seconds)
@@ -150,9 +162,7 @@ class Prefill:
 
     def _chunk(self, others: bool) -> int:
         """Positions of each row to read now."""
-        tokens = self._tokens
-        if others and self._token_s:
-            tokens = min(tokens, max(_LEAST_CHUNK, round(STALL * self._round_s / self._token_s)))
+        tokens = self.short_chunk if others and self._token_s else self._tokens
         # What the target has is read by the draft alone, in a fraction of the time.
         return max(1, tokens // len(self.group)) + max(0, self._skipped - self._done)
 
@@ -170,6 +180,27 @@ class Prefill:
             size = min(stop, row.prompt_len - 1)
             if self._slots is not None:
                 self._slots.hold(slot, row.tokens[:size])
+
+    @torch.inference_mode()
+    def fetch(self, text: Sequence[int]) -> tuple[int, int]:
+        """One chunk of a text into the target's cache, while there are no rows.
+
+        Returns: the slot that holds its beginning, and the positions that were missing. If that is 0, the caller may write
+          behind the text.
+        """
+        if self._slots is None:
+            raise RuntimeError("what slots hold is not known without prefix reuse")
+        slot, done = self._slots.longest(text, ())
+        if done == len(text):
+            self._slots.hold(slot, text)
+            return slot, 0
+        stop = min(len(text), done + self.short_chunk)
+        positions = torch.arange(done, stop, device=self._target.device)[None]
+        tokens, length = torch.tensor([text[done:stop]], device=self._target.device), round_up(stop)
+        self._slots.hold(slot, ())
+        self._target.forward(tokens, positions, self._target.masks(positions, length), slot, length, last_only=True)
+        self._slots.hold(slot, text[:stop])
+        return slot, len(text) - done
 
     def catch_up(self, rows: Sequence[Row]) -> None:
         """The draft reads what rounds without it left behind: positions up to n-3 of active rows with n tokens."""

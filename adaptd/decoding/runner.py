@@ -88,6 +88,7 @@ class ModelRunner:
         *,
         last_only: bool,
         of_round: bool = False,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """One pass that writes the cache.
 
@@ -99,10 +100,12 @@ class ModelRunner:
           length: cache positions seen.
           last_only: only the last position's logits are needed.
           of_round: a pass over all active rows whose shape comes again and again, worth capturing.
+          columns: int64 [B, Q], cache positions to write in the place of `positions`; not for a pass of a round.
         Returns: logits [B, Q, V], or [B, 1, V] if only the last are needed; float32.
         """
         # Surplus positions behind the context's end are computed and thrown away; no table has them.
-        writes, positions = positions, positions.clamp(max=self._last_position)
+        writes = positions if columns is None else columns
+        positions = positions.clamp(max=self._last_position)
         if of_round and self.graphs is not None and self.graphs.ready:
             return self._replayed(self.graphs, tokens, writes, masks, length, last_only)
         self.cache.point(first, writes, length)

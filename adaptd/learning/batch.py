@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaptd.learning.branches import BranchRows, Layout, additive, append_branches
+from adaptd.learning.branches import BranchRows, Choice, Layout, append_branches
+from adaptd.models.cache import additive
 from adaptd.models.request_gate import conditioned, request_gate
 from buffers.trace import Trace
 
@@ -56,12 +57,12 @@ class Batch:
 
 
 def collate(
-    traces: Sequence[Trace], max_tokens: int, device: torch.device | str = "cpu", *, branches: bool = False
+    traces: Sequence[Trace], max_tokens: int, device: torch.device | str = "cpu", *, branches: Choice | None = None
 ) -> Batch:
     """Pad traces to one batch; a trace longer than `max_tokens` loses tokens (and positions) on the left.
 
     Args:
-      branches: put their branches behind the answers, at most `max_tokens` tokens of each trace's.
+      branches: put these of their branches behind the answers, at most `max_tokens` tokens of each trace's; None: none.
 
     Raises:
       ValueError: no traces.
@@ -93,8 +94,8 @@ def collate(
 
     widths = [len(t.tokens) - cut for t, cut in zip(traces, cuts, strict=True)]
     behind: BranchRows | None = None
-    if branches:
-        ids, more, behind = append_branches(ids, traces, cuts, max_tokens, device)
+    if branches is not None:
+        ids, more, behind = append_branches(ids, traces, cuts, max_tokens, device, branches)
         widths = [width + n for width, n in zip(widths, more, strict=True)]
 
     def tensor(parts: Sequence[np.ndarray], dtype: type) -> Tensor:

@@ -1,4 +1,4 @@
-"""Branches in a training batch: what a verification scored behind its rejections, read in the same forward pass as the answer.
+"""Branches in a training batch: what the target was asked beside an answer, read in the same forward pass as the answer.
 
 A row's branches stand behind its answer. Each token sees the text in front of its branch and its branch up to itself,
 nothing of the other branches (tree attention, as in Miao et al. 2024, SpecInfer), so a branch costs its own tokens alone.
@@ -21,6 +21,8 @@ from buffers.trace import Trace
 
 #: Steps of this share of a turn visit any number of branches evenly, however many are taken (golden-ratio sequence).
 _GOLDEN = 0.6180339887498949
+#: Where the turn begins, from one step of the learner to the next: it comes back to nothing that it has taken.
+_NEXT = 0.41421356237309515
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,6 @@ class BranchRows:
     """[U, K''] float32 nats, descending, temperature 1."""
 
 
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """What attention adds to its scores, [B, 1, Q, L], for what is visible, bool [B, Q, L]."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
-
-
 def reads_branches(model: PreTrainedModel) -> bool:
     """Whether a model's attention takes a mask of who sees whom: not where it has a window or a kernel of its own."""
     config = model.config.get_text_config(decoder=True)
@@ -75,8 +71,28 @@ def reads_branches(model: PreTrainedModel) -> bool:
     return not windowed and getattr(config, "_attn_implementation", "") in ("sdpa", "eager", GROUPED_SDPA)
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which branches of each trace are read: a share of them, spread over the answer, other ones in each step."""
+
+    share: float = 1.0
+    step: int = 0
+
+    def order(self, n: int) -> NDArray[np.int64]:
+        """Those taken of n, in an order whose every beginning is spread over them."""
+        place = (np.arange(n) * _GOLDEN + self.step * _NEXT) % 1
+        order = np.argsort(place)
+        taken: NDArray[np.int64] = order[place[order] < self.share]
+        return taken
+
+
 def append_branches(
-    ids: NDArray[np.int64], traces: Sequence[Trace], cuts: Sequence[int], max_tokens: int, device: torch.device | str
+    ids: NDArray[np.int64],
+    traces: Sequence[Trace],
+    cuts: Sequence[int],
+    max_tokens: int,
+    device: torch.device | str,
+    choice: Choice,
 ) -> tuple[NDArray[np.int64], list[int], BranchRows | None]:
     """Put the branches of traces behind their answers.
 
@@ -84,9 +100,10 @@ def append_branches(
       ids: [B, T], the answers, padded on the right.
       cuts: tokens that each trace has lost on the left; a branch whose text is gone goes too.
       max_tokens: of all branches of one trace; where there are more, as many as fit, evenly taken.
+      choice: which are wanted.
     Returns: tokens [B, T'], branch tokens of each trace, and where they stand; None if there are none.
     """
-    parts = [_of_trace(trace, cut, max_tokens) for trace, cut in zip(traces, cuts, strict=True)]
+    parts = [_of_trace(trace, cut, max_tokens, choice) for trace, cut in zip(traces, cuts, strict=True)]
     counts = [len(part.token) for part in parts]
     if not any(counts):
         return ids, counts, None
@@ -139,12 +156,12 @@ _NOTHING = _Part(
 )
 
 
-def _of_trace(trace: Trace, cut: int, max_tokens: int) -> _Part:
+def _of_trace(trace: Trace, cut: int, max_tokens: int, choice: Choice) -> _Part:
     if trace.branches is None:
         return _NOTHING
     lens = trace.branches.lens.astype(np.int64)
-    fork = trace.prompt_len + trace.rejected_at.astype(np.int64) - cut
-    order = np.argsort(np.arange(len(lens)) * _GOLDEN % 1)
+    fork = trace.prompt_len + trace.branches.at.astype(np.int64) - cut
+    order = choice.order(len(lens))
     order = order[(fork[order] > 0) & (lens[order] > 0)]
     taken = np.zeros(len(lens), bool)
     taken[order[np.cumsum(lens[order]) <= max_tokens]] = True

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from adaptd.learning.batch import Batch, collate, draft_logits
-from adaptd.learning.branches import BranchRows, reads_branches
+from adaptd.learning.branches import BranchRows, Choice, reads_branches
 from adaptd.learning.muon import Muon
 from adaptd.models.request_gate import request_gate
 from buffers.table import ReplaySample
@@ -80,6 +80,7 @@ class DraftLearner:
       rejection_weight: weight of corrections in the loss, against 1 for every other position.
       branch_weight: of each position of a branch; 0 leaves them out. They are left out as well where the objective looks
         along an answer or at what was emitted, and where the draft's attention takes no mask (`reads_branches`).
+      branch_share: of the branches of a trace, read in one step; other ones in the next.
       optimizer: "muon": Muon on the private expert's matrices, AdamW on everything else; "adamw": AdamW on all.
       lr: peak learning rate; rises linearly over `warmup_steps`.
       weight_decay: decoupled.
@@ -95,6 +96,7 @@ class DraftLearner:
         "objective",
         "rejection_weight",
         "branch_weight",
+        "branch_share",
         "optimizer",
         "lr",
         "weight_decay",
@@ -116,6 +118,7 @@ class DraftLearner:
         k: int | None = None,
         rejection_weight: float = 1.0,
         branch_weight: float = 1.0,
+        branch_share: float = 1.0,
         optimizer: Literal["muon", "adamw"] = "adamw",
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
@@ -132,7 +135,7 @@ class DraftLearner:
         self._branch_weight = branch_weight if at_one_position and reads_branches(draft.model) else 0.0
         if self._blocks and k is None:
             raise ValueError(f"objective {objective!r} needs k, the tokens that the decoders propose a round")
-        self._measured = is_measure(priority)
+        self._branch_share, self._measured = branch_share, is_measure(priority)
         self.draft, self._k, self._rejection_weight = draft, k, rejection_weight
         self._objective, self._lr, self._warmup, self._clip = objective, lr, warmup_steps, clip
         self._max_tokens, self._priority, self._tau = max_tokens, priority, tau
@@ -174,7 +177,8 @@ class DraftLearner:
         # By length: what is split into short and long then needs no reordering of [N, V] behind it.
         order = sorted(range(len(samples)), key=lambda i: len(samples[i].trace.tokens))
         samples, weights = [samples[i] for i in order], weights[order]
-        batch = collate(self._read(samples), self._max_tokens, device, branches=self._branch_weight > 0)
+        read = Choice(self._branch_share, self.steps) if self._branch_weight else None
+        batch = collate(self._read(samples), self._max_tokens, device, branches=read)
         kept = torch.tensor([s.info.stratum == "anchors" for s in samples], device=device)[batch.row[batch.judged]]
         rows = batch.judged[kept] if self._reference is not None else batch.judged[:0]
         # In front of the forward pass that learns: it needs the weights as they are when gradients are taken.

@@ -82,8 +82,9 @@ def _series_row(series: dict[str, Any]) -> dict[str, str]:
 
 def _writer_row(decoders: list[dict[str, Any]]) -> str:
     total = {key: sum(d["writer"][key] for d in decoders) for key in ("written", "dropped", "pending")}
-    again = sum(d["engine"]["again"] for d in decoders)
-    of_them = f", {again:,} of prompts asked again" if again else ""
+    asked = {key: sum(d["engine"][key] for d in decoders) for key in ("again", "alternatives")}
+    names = {"again": "of prompts asked again", "alternatives": "with alternatives"}
+    of_them = "".join(f", {count:,} {names[key]}" for key, count in asked.items() if count)
     return f"written {total['written']:,}{of_them}, dropped {total['dropped']:,}, pending {total['pending']:,}"
 
 

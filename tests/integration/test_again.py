@@ -1,4 +1,4 @@
-"""A daemon whose idle decoders answer its prompts once more: the learner gets them, and nobody else notices."""
+"""A daemon whose idle decoders ask the target for more than was asked: the learner gets it, and nobody else notices."""
 
 from pathlib import Path
 
@@ -43,6 +43,9 @@ def test_idle_decoders_answer_again_what_they_were_asked(tmp_path: Path) -> None
         assert found["adaptd_traces_written_total"] == ASKED + 1 + again
         asked = sum(value for name, value in found.items() if name.startswith("adaptd_requests_total"))
         assert asked == ASKED + 1, "no request was counted but those of clients"
+        # Each was asked about, those given again too, but for what the gate judges by.
+        unseen = daemon.status()["buffer"]["sizes"]["reserved"]
+        wait_for("alternatives", lambda: figures()["adaptd_traces_asked_total"] == ASKED + 1 + again - unseen)
         decoders = daemon.status()["decoders"]
         assert sum(d["engine"]["finished"] for d in decoders) == ASKED + 1
         assert daemon.stop() == 0

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from adaptd.bench.branches import BranchScorer, build_scorer
 from adaptd.bench.verify import rejections_only, sources, verify
 from adaptd.config import Config, checked
+from adaptd.decoding.alternatives import Asking
 from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.request import DecodeRequest, SamplingParams
@@ -159,6 +160,30 @@ def test_drawn_branches_are_distributed_as_those_of_decoding(target: PreTrainedM
         share = (real[pair] + drawn[pair]) / sum(total)
         error = np.sqrt(share * (1 - share) * (1 / total[0] + 1 / total[1]))
         assert abs(real[pair] / total[0] - drawn[pair] / total[1]) < 4.5 * error, pair
+
+
+def test_alternatives_are_scored_as_an_idle_decoder_scores_them(
+    decode: Decode, draft: PreTrainedModel, target: PreTrainedModel
+) -> None:
+    answers = [f.trace.without_branches() for f in decode(draft, 8, temperature=1.0) if f.trace]
+    with_them = scorer(target, alternatives=3)
+    _, traces = verify(draft, answers, K, np.random.default_rng(0), version=5, scorer=with_them)
+    capture = CaptureConfig(k_top=16, k_branch=16, alternatives=3, reserved_share=0.0)
+    engine = SpeculativeDecoder(target, draft, k=K, max_batch=1, max_length=96, capture=capture)
+    for trace in traces:
+        trace.validate()
+        found, corrections = trace.branches, len(trace.rejected_at)
+        assert found is not None
+        assert len(found.at) > corrections
+        assert found.at[:corrections].tolist() == trace.rejected_at.tolist()
+        first = int(found.lens[:corrections].sum())
+        asking = Asking(trace.without_branches(), found.at[corrections:], found.tokens[first:])
+        while not engine.ask(asking):
+            pass
+        idle = asking.answered().branches
+        assert idle is not None
+        assert idle.topk_ids[:, 0].tolist() == found.topk_ids[first:, 0].tolist()
+        np.testing.assert_allclose(idle.topk_logprobs, found.topk_logprobs[first:], atol=0.02)
 
 
 def test_only_the_traces_that_are_wanted_get_branches(decode: Decode, target: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -127,16 +128,29 @@ def test_a_trace_from_before_branches_is_read() -> None:
     trace = synthetic_trace(np.random.default_rng(0))
     payload = encode(trace)
     # The same number of digits: lengths in the header stay as they are.
-    written = payload.replace(b'\\"schema\\": 2', b'\\"schema\\": 1')
+    written = payload.replace(b'\\"schema\\": 3', b'\\"schema\\": 1')
     assert written != payload
     assert_same(decode(written), trace)
+
+
+def test_branches_from_before_they_said_where_they_begin_are_read() -> None:
+    """Of schema 2: one for each correction, in order."""
+    trace = synthetic_trace(np.random.default_rng(0), n_branch=3)
+    arrays = trace.arrays()
+    del arrays["branch_at"]
+    text = json.dumps({n: None if v != v else v for n, v in trace.scalars().items()})
+    crc = zlib.crc32(text.encode())
+    for name in sorted(arrays):
+        crc = zlib.crc32(arrays[name].tobytes(), crc)
+    about = json.dumps({"schema": 2, "crc32": crc, "scalars": text})
+    assert_same(decode(save(arrays, {"adaptd_trace": about})), trace)
 
 
 def test_another_schema_version_is_named() -> None:
     about = json.dumps({"schema": SCHEMA_VERSION + 1})
     other = save({"tokens": np.zeros(3, np.uint32)}, {"adaptd_trace": about})
     with pytest.raises(
-        SchemaMismatch, match=rf"schema {SCHEMA_VERSION + 1}, this version reads \(1, {SCHEMA_VERSION}\)"
+        SchemaMismatch, match=rf"schema {SCHEMA_VERSION + 1}, this version reads \(1, 2, {SCHEMA_VERSION}\)"
     ):
         decode(other)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from buffers.synthetic import synthetic_trace
-from buffers.trace import NO_TOKEN, Source, Trace, is_reserved
+from buffers.trace import NO_TOKEN, Branches, Source, Trace, is_reserved
 
 
 def trace(**overrides: object) -> Trace:
@@ -115,6 +115,32 @@ def test_a_cut_takes_the_branches_of_the_corrections_that_it_takes() -> None:
         assert getattr(short.branches, name).tolist() == getattr(whole.branches, name)[behind].tolist(), name
 
 
+def test_further_branches_stand_behind_those_that_are_there_and_are_cut_like_them() -> None:
+    whole = synthetic_trace(np.random.default_rng(0), n_prompt=4, n_response=50, n_branch=3)
+    plain = whole.without_branches()
+    more = Branches(
+        at=np.array([0, 0, 40], np.int32),
+        lens=np.array([1, 1, 1], np.uint8),
+        tokens=np.array([5, 6, 7], np.uint32),
+        topk_ids=np.array([[1, 2], [3, 4], [5, 6]], np.uint32),
+        topk_logprobs=np.array([[-1, -2], [-3, -4], [-5, -6]], np.float16),
+    )
+    assert plain.beside(more).branches is more
+    assert whole.branches is not None
+    both = whole.beside(more)
+    both.validate()
+    assert both.branches is not None
+    assert both.branches.at.tolist() == [*whole.branches.at.tolist(), 0, 0, 40]
+    assert both.branches.tokens.tolist() == [*whole.branches.tokens.tolist(), 5, 6, 7]
+    assert both.branches.topk_ids.shape[1] == 2, "as many candidates as all have"
+    assert both.branches.topk_ids[:-3].tolist() == whole.branches.topk_ids[:, :2].tolist()
+    short = plain.beside(more).truncate_left(20)
+    short.validate()
+    assert short.branches is not None
+    assert short.branches.tokens.tolist() == [7]
+    assert short.response[short.branches.at[0]] == plain.response[40]
+
+
 def test_branches_that_contradict_themselves_are_named() -> None:
     whole = trace(n_branch=3)
     behind = whole.branches
@@ -123,6 +149,8 @@ def test_branches_that_contradict_themselves_are_named() -> None:
     for name, value, message in (
         ("lens", behind.lens + np.uint8(1), r"branch_lens sums to \d+; it must be the \d+ branch_tokens"),
         ("lens", behind.lens[1:], "branch_lens has shape"),
+        ("at", behind.at + np.int32(whole.response_len), r"branch_at \(\d+\) must be a response position, 0 to \d+"),
+        ("at", behind.at - np.int32(whole.response_len), r"branch_at \(-\d+\) must be a response position"),
         ("topk_ids", behind.topk_ids[1:], "branch_topk_ids has shape"),
         ("tokens", behind.tokens.astype(np.int64), "branch_tokens has dtype int64"),
     ):

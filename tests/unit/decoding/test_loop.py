@@ -5,13 +5,16 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
+from adaptd.decoding.alternatives import Asking
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.loop import Action, DecodeLoop
 from adaptd.decoding.loop_stats import SwapResult
 from adaptd.decoding.request import DecodeRequest, Delta, Finished, RequestStats, SamplingParams
 from adaptd.errors import ContextLengthExceeded, DecoderStopped, Overloaded
+from buffers.trace import Trace
 from tests.unit.decoding.tiny import disturb, greedy_reference, make_draft, make_model, make_prompts
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=3)
@@ -38,6 +41,9 @@ class FakeEngine:
         self.fail_with: Exception | None = None
         self.steps = 0
         self.versions: list[int] = []
+        self.asked: list[str] = []
+        self.passes = 1
+        """Of the target for each trace that is asked about."""
 
     @property
     def active(self) -> int:
@@ -76,6 +82,19 @@ class FakeEngine:
 
     def abort(self, request_id: str) -> Finished | None:
         return self.finished(request_id, "abort") if request_id in self.rows else None
+
+    def asking(self, trace: Trace) -> Asking | None:
+        if trace.domain == "nothing to ask":
+            return None
+        return Asking(trace, np.zeros(self.passes, np.int32), np.zeros(self.passes, np.uint32))
+
+    def ask(self, asking: Asking) -> bool:
+        assert not self.rows
+        assert self.gate.wait(WAIT_S)
+        self.asked.append(asking.trace.request_id)
+        asking.ids.append(np.zeros((1, 2), np.int64))
+        asking.logprobs.append(np.zeros((1, 2), np.float32))
+        return asking.done == len(asking.at)
 
 
 class Client:

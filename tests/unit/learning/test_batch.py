@@ -17,9 +17,9 @@ from transformers import (
 
 from adaptd.bench.verify import rejections_only
 from adaptd.learning.batch import _by_length, collate, draft_logits
-from adaptd.learning.branches import reads_branches
+from adaptd.learning.branches import Choice, reads_branches
 from buffers.synthetic import synthetic_trace
-from buffers.trace import Source, Trace
+from buffers.trace import Branches, Source, Trace
 from tests.unit.learning.conftest import VOCAB, tiny
 
 
@@ -132,10 +132,14 @@ def test_prompts_read_without_gradient_leave_the_logits_as_they_are(config: PreT
 
 
 def branched(seed: int, n_response: int, **more: Any) -> Trace:
+    """With alternatives behind the branches of its corrections: two in one place, and one."""
     rng = np.random.default_rng(seed)
-    return synthetic_trace(
+    made = synthetic_trace(
         rng, **({"n_prompt": 5, "n_response": n_response, "n_branch": 4, "vocabulary": VOCAB} | more)
     )
+    at, ids = np.array([0, 0, n_response - 1], np.int32), rng.integers(0, VOCAB, (3, 8)).astype(np.uint32)
+    tokens = rng.integers(0, VOCAB, 3).astype(np.uint32)
+    return made.beside(Branches(at, np.ones(3, np.uint8), tokens, ids, np.zeros((3, 8), np.float16)))
 
 
 @pytest.mark.parametrize("prompt_gradient", [True, False])
@@ -149,7 +153,7 @@ def test_each_branch_is_read_as_if_it_stood_alone_behind_its_text(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     traces = [branched(i, n) for i, n in enumerate([7, 12, 3, 30])]
-    batch = collate(traces, cut, branches=True)
+    batch = collate(traces, cut, branches=Choice())
     plain = collate(traces, cut)
     branches = batch.branches
     assert branches is not None
@@ -161,7 +165,7 @@ def test_each_branch_is_read_as_if_it_stood_alone_behind_its_text(
     for trace in traces:
         assert trace.branches is not None
         lost, start, taken = max(0, len(trace.tokens) - cut), 0, 0
-        for at, n in zip(trace.rejected_at.tolist(), trace.branches.lens.tolist(), strict=True):
+        for at, n in zip(trace.branches.at.tolist(), trace.branches.lens.tolist(), strict=True):
             rows = slice(start, start + n)
             start += n
             text = trace.tokens[lost : trace.prompt_len + at].tolist() if trace.prompt_len + at > lost else []
@@ -181,12 +185,27 @@ def test_of_too_many_branches_those_that_fit_are_taken_from_everywhere() -> None
     trace = branched(0, 95, n_branch=12)
     assert trace.branches is not None
     assert len(trace.branches.tokens) > 150
-    few = collate([trace], 100, branches=True).branches
+    few = collate([trace], 100, branches=Choice()).branches
     assert few is not None
     assert 85 < len(few.row) <= 100
     fork = few.layout.fork[0, few.column]
     assert int(fork.min()) < 25
     assert int(fork.max()) > 75
+
+
+def test_a_step_reads_a_share_of_the_branches_and_the_next_one_others() -> None:
+    assert sorted(Choice().order(90)) == list(range(90))
+    steps = [set(Choice(0.5, step).order(90).tolist()) for step in range(8)]
+    assert all(43 <= len(taken) <= 47 for taken in steps)
+    assert all(max(np.diff(sorted(taken))) <= 4 for taken in steps), "from everywhere"
+    times = np.bincount([i for taken in steps for i in taken], minlength=90)
+    assert times.min() >= 2
+    assert times.max() <= 6
+    trace = branched(0, 95)
+    whole, half = (collate([trace], 10**6, branches=choice) for choice in (Choice(), Choice(0.5, 3)))
+    assert whole.branches is not None
+    assert half.branches is not None
+    assert 0.3 < len(half.branches.row) / len(whole.branches.row) < 0.7
 
 
 def test_only_attention_that_takes_any_mask_reads_branches() -> None:
