@@ -2,8 +2,8 @@
 
 A draft is right as often as it knows the target where the target goes, and an answer shows one way of many. What follows
 the tokens that were nearly said is to be had for one position each, since the target's cache still holds the answer in
-front of them: no prompt is read and nothing is decoded. It is asked in passes that are as short as those that read prompts
-beside other requests, while nobody else is here (`adaptd.decoding.idle`).
+front of them: no prompt is read and nothing is decoded. It is asked while nobody is here (`adaptd.decoding.idle`), in passes
+of half a round at most, so that a request that comes hardly waits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adaptd.decoding.prefill import Prefill
+from adaptd.decoding.prefill import PASS, Prefill
 from adaptd.decoding.runner import ModelRunner
 from adaptd.models.cache import FULL, additive, round_up
 from buffers.trace import Branches, Trace
@@ -116,7 +116,7 @@ class AlternativesReader:
             return False
         start, device = asking.done, self._target.device
         stop = min(
-            len(asking.at), start + min(_MOST, self._prefill.short_chunk, self._target.cache.capacity - len(text))
+            len(asking.at), start + min(_MOST, self._prefill.short_chunk(PASS), self._target.cache.capacity - len(text))
         )
         columns = torch.arange(len(text), len(text) + stop - start, device=device)[None]
         place = asking.trace.prompt_len + asking.at[start:stop].astype(np.int64)

@@ -27,6 +27,8 @@ from adaptd.models.cache import round_up
 
 #: Rounds that one chunk may take while others are answered.
 STALL = 2.0
+#: Rounds that one pass may take while nobody is here: who comes then waits for half of it on average.
+PASS = 0.5
 #: Shortest chunk for the sake of the others: shorter ones read weights for hardly anything.
 _LEAST_CHUNK = 16
 #: Weight of a new measurement in the running mean.
@@ -94,12 +96,11 @@ class Prefill:
         """Whether it is known what slots hold."""
         return self._slots is not None
 
-    @property
-    def short_chunk(self) -> int:
-        """Positions that the target reads in about `STALL` rounds, for what others may have to wait for."""
+    def short_chunk(self, rounds: float) -> int:
+        """Positions that the target reads in the time of about so many rounds, for what others may have to wait for."""
         if not self._token_s:
             return _LEAST_CHUNK
-        return min(self._tokens, max(_LEAST_CHUNK, round(STALL * self._round_s / self._token_s)))
+        return min(self._tokens, max(_LEAST_CHUNK, round(rounds * self._round_s / self._token_s)))
 
     def played(self, seconds: float) -> None:
         """A round over the active rows took so long."""
@@ -162,7 +163,7 @@ class Prefill:
 
     def _chunk(self, others: bool) -> int:
         """Positions of each row to read now."""
-        tokens = self.short_chunk if others and self._token_s else self._tokens
+        tokens = self.short_chunk(STALL) if others and self._token_s else self._tokens
         # What the target has is read by the draft alone, in a fraction of the time.
         return max(1, tokens // len(self.group)) + max(0, self._skipped - self._done)
 
@@ -194,7 +195,7 @@ class Prefill:
         if done == len(text):
             self._slots.hold(slot, text)
             return slot, 0
-        stop = min(len(text), done + self.short_chunk)
+        stop = min(len(text), done + self.short_chunk(PASS))
         positions = torch.arange(done, stop, device=self._target.device)[None]
         tokens, length = torch.tensor([text[done:stop]], device=self._target.device), round_up(stop)
         self._slots.hold(slot, ())

@@ -88,10 +88,10 @@ def test_an_answer_that_the_cache_has_lost_is_read_once_more() -> None:
     assert_true(target, asked(engine, second), second)
     assert sum(passes) == len(second.response) * 2 - missing(second, 2), "nothing but alternatives"
     passes.clear()
-    engine._prefill._token_s = engine._prefill._round_s / 10
+    engine._prefill._token_s = engine._prefill._round_s / 40
     assert_true(target, asked(engine, first), first)
     assert sum(passes) == len(first.tokens) - 1 + len(first.response) * 2 - missing(first, 2)
-    assert max(passes) == 20, "as much as is read in two rounds, which is what a request may have to wait"
+    assert max(passes) == 20, "as much as is read in half a round, which is what a request may have to wait"
 
 
 def missing(trace: Trace, n: int) -> int:
