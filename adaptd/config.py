@@ -106,7 +106,7 @@ class LearnConfig(_Section):
     tau: float = Field(1.0, gt=0)
     """Threshold of the SurpriseRatio."""
     max_refusals: int = Field(6, ge=1)
-    """Refusals in a row after which learning restarts from the published version."""
+    """Candidates in a row that gain nothing or lose too much, after which learning restarts from the published version."""
     max_tokens: int = Field(384, ge=16)
     """Longest trace in a training batch, in tokens, cut on the left, and the most tokens of what stands behind its rejections."""
     prompt_gradient: bool = False
@@ -169,7 +169,7 @@ class GateConfig(_Section):
     """Promote only if the lower bound of the relative MAL gain is above this; at 0 one in forty that is no better passes."""
     max_regression: float = Field(0.02, ge=0)
     """No domain may lose more than this, relative."""
-    exchange: float = Field(0.1, ge=0)
+    exchange: float = Field(0.3, ge=0)
     """A domain may lose more, up to this share of what is surely gained, but not below the day-0 draft."""
     gone_loss: float = Field(0.15, ge=0)
     """How far below the day-0 draft a domain may fall that is not asked any more; it has to be won back when it is."""

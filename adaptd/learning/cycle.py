@@ -302,7 +302,10 @@ class LearnerCycle:
             self._refusals = 0
             self.totals["promoted"] += 1
         else:
-            self._refusals += 1
+            if verdict.losers or verdict.gain.mean <= 0.0:
+                self._refusals += 1
+            elif verdict.gain.mean > 0.0:  # not surely yet: on its way. Of too few traces nothing is known.
+                self._refusals = 0
             self.totals["rejected"] += 1
             _log.info(
                 events.CANDIDATE_REJECTED,
