@@ -302,9 +302,9 @@ class LearnerCycle:
             self._refusals = 0
             self.totals["promoted"] += 1
         else:
-            if verdict.losers or verdict.gain.mean <= 0.0:
+            if verdict.losers or verdict.gain.mean < IDLE_GAIN:
                 self._refusals += 1
-            elif verdict.gain.mean > 0.0:  # not surely yet: on its way. Of too few traces nothing is known.
+            elif verdict.gain.mean >= IDLE_GAIN:  # not surely yet: on its way. Of too few traces nothing is known.
                 self._refusals = 0
             self.totals["rejected"] += 1
             _log.info(

@@ -116,7 +116,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, rig: Rig, gain: float, losers: tupl
     monkeypatch.setattr(rig.cycle._jury, "judge", no)
 
 
-@pytest.mark.parametrize(("gain", "losers"), [(0.0, ()), (-0.02, ()), (0.3, ("tools",))], ids=str)
+@pytest.mark.parametrize(("gain", "losers"), [(0.001, ()), (-0.02, ()), (0.3, ("tools",))], ids=str)
 def test_learning_restarts_after_some_candidates_that_gain_nothing_or_lose_too_much(
     tmp_path: Path, traces: list[Trace], monkeypatch: pytest.MonkeyPatch, gain: float, losers: tuple[str, ...]
 ) -> None:
@@ -138,7 +138,7 @@ def test_what_gains_but_not_surely_yet_is_learned_on(
 ) -> None:
     rig = Rig(tmp_path)
     rig.fill(traces)
-    for gain in (0.01, -0.01, 0.01, math.nan, 0.01, -0.01):
+    for gain in (0.02, -0.01, 0.02, math.nan, 0.02, -0.01):
         with monkeypatch.context() as patch:
             refused(patch, rig, gain)
             rig.cycle.tick("traces")
