@@ -125,9 +125,9 @@ class AlternativesReader:
         length = round_up(len(text) + stop - start)
         seen = torch.arange(length, device=device)
         mask = additive((seen < positions[:, :, None]) | (seen == columns[:, :, None]), self._target.dtype)
-        logits = self._target.forward(tokens, positions, {FULL: mask}, slot, length, last_only=False, columns=columns)[
-            0
-        ]
+        (logits,) = self._target.forward(
+            tokens, positions, {FULL: mask}, slot, length, last_only=False, columns=columns
+        )
         best = logits.topk(min(self._k_branch, logits.shape[-1]), dim=-1)
         asking.ids.append(best.indices.numpy(force=True))
         asking.logprobs.append((best.values - logits.logsumexp(-1, keepdim=True)).numpy(force=True))
