@@ -106,7 +106,7 @@ class LearnConfig(_Section):
     tau: float = Field(1.0, gt=0)
     """Threshold of the SurpriseRatio."""
     max_refusals: int = Field(6, ge=1)
-    """Candidates in a row that gain nothing or lose too much, after which learning restarts from the published version."""
+    """Refusals in a row after which learning restarts from the published version."""
     max_tokens: int = Field(384, ge=16)
     """Longest trace in a training batch, in tokens, cut on the left, and the most tokens of what stands behind its rejections."""
     prompt_gradient: bool = False

@@ -302,10 +302,7 @@ class LearnerCycle:
             self._refusals = 0
             self.totals["promoted"] += 1
         else:
-            if verdict.losers or verdict.gain.mean < IDLE_GAIN:
-                self._refusals += 1
-            elif verdict.gain.mean >= IDLE_GAIN:  # not surely yet: on its way. Of too few traces nothing is known.
-                self._refusals = 0
+            self._refusals += 1
             self.totals["rejected"] += 1
             _log.info(
                 events.CANDIDATE_REJECTED,
