@@ -124,7 +124,7 @@ class AlternativesReader:
         tokens = torch.from_numpy(asking.tokens[start:stop].astype(np.int64)).to(device)[None]
         length = round_up(len(text) + stop - start)
         seen = torch.arange(length, device=device)
-        mask = additive((seen < positions[:, :, None]) | (seen == columns[:, :, None]), self._target.dtype)
+        mask = additive((seen >= positions[:, :, None]) & (seen != columns[:, :, None]), self._target.dtype)
         (logits,) = self._target.forward(
             tokens, positions, {FULL: mask}, slot, length, last_only=False, columns=columns
         )

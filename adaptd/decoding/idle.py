@@ -2,8 +2,8 @@
 
 A draft that has seen each answer a dozen times learns little more from the thirteenth look, and much from what the target
 would have said behind other tokens (`adaptd.decoding.alternatives`) and from other answers to the same prompt
-(docs/experiments.md, "Asked again"). Neither costs a request anything: they are begun while none is here, and end when one
-comes.
+(docs/experiments.md, "Asked again"). Both are begun while no request is here, and one that comes waits for no more than the
+pass or the round that is under way.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def _read_all(model: PreTrainedModel, input_ids: Tensor, column: Tensor, layout:
     if layout is None:
         return _Read(input_ids, column, {"use_cache": False})
     columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
-    mask = additive(layout.visible(columns), model.dtype)
+    mask = additive(~layout.visible(columns), model.dtype)
     return _Read(input_ids, column, {"use_cache": False, "attention_mask": mask, "position_ids": layout.position})
 
 
@@ -243,7 +243,7 @@ def _read_prompts(
         mask, position = torch.cat([known, torch.ones_like(behind, dtype=torch.bool)], 1).long(), behind
     else:
         whole = known[:, None].expand(-1, rest, -1)
-        mask = additive(torch.cat([whole, layout.visible(behind)], 2), model.dtype)
+        mask = additive(~torch.cat([whole, layout.visible(behind)], 2), model.dtype)
         position = layout.position.gather(1, behind)
     context = {"past_key_values": past, "use_cache": True, "attention_mask": mask, "position_ids": position}
     return _Read(input_ids.gather(1, behind), column - start[row], context)

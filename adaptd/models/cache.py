@@ -174,16 +174,16 @@ def additive_mask(positions: Tensor, length: int, window: int | None, dtype: tor
     """
     keys = torch.arange(length, device=positions.device)
     queries = positions[:, :, None]
-    visible = keys <= queries
+    hidden = keys > queries
     if window is not None:
-        visible &= keys > queries - window
-    return additive(visible, dtype)
+        hidden |= keys <= queries - window
+    return additive(hidden, dtype)
 
 
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """What attention adds to its scores, [B, 1, Q, L], for what is visible, bool [B, Q, L]."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+def additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its scores, [B, 1, Q, L], for what is hidden, bool [B, Q, L]."""
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
 
 
 def attention_windows(config: Any, max_length: int) -> dict[str, int | None]:
