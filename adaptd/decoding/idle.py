@@ -99,6 +99,11 @@ class IdleLane:
         """Requests in the engine, those that wait, and traces that are held."""
         return len(self._running) + len(self._waiting) + len(self._held)
 
+    @property
+    def held(self) -> int:
+        """Traces that wait for their alternatives."""
+        return len(self._held)
+
     def put(self, request: DecodeRequest, on_finished: OnFinished) -> None:
         """Queues a request."""
         self._waiting.append((request, on_finished))

@@ -208,6 +208,7 @@ class DecodeLoop:
                 active=self._engine.active - self._idle.running,
                 again=self._idle.answered,
                 alternatives=self._idle.alternatives,
+                held=self._idle.held,
                 callback_errors=self._stats.callback_errors + self._idle.errors,
                 draft_version=self._engine.draft_version,
                 recalled=self._engine.recalled,

@@ -40,6 +40,8 @@ class LoopStats:
     """Answers that were given again while nobody asked; they count nowhere else."""
     alternatives: int = 0
     """Traces whose alternatives the target was asked about while nobody asked."""
+    held: int = 0
+    """Traces that wait for that."""
     recalled: int = 0
     """Contexts in the decoder's recall."""
     round_s: float | None = None

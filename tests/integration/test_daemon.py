@@ -180,10 +180,16 @@ def test_opting_out_keeps_a_request_out_of_the_buffer(served: Served) -> None:
     def inserted() -> int:
         return sum(d["writer"]["appended"] for d in served.status()["decoders"])
 
+    def none_held() -> bool:
+        return not any(d["engine"]["held"] for d in served.status()["decoders"])
+
+    wait_for("the alternatives of earlier answers", none_held)
     before = inserted()
     served.ask("Private question", extra_headers={"x-adaptd-no-store": "1"})
+    assert none_held(), "nothing of it waits to be stored later"
     assert inserted() == before
     served.ask("Public question")
+    wait_for("the alternatives of the public one", none_held)
     assert inserted() == before + 1
 
 
