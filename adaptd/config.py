@@ -15,7 +15,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from adaptd.errors import ConfigError
-from adaptd.sections import EngineConfig, TrendsConfig, UpstreamConfig
+from adaptd.sections import EngineConfig, LogConfig, RayConfig, TrendsConfig, UpstreamConfig
 from adaptd.sections import Section as _Section
 from adaptd.values import put, read_mapping, value_of
 
@@ -101,6 +101,8 @@ class LearnConfig(_Section):
     """What a learned-from trace is replayed by: low or high (`agreement`) SurpriseRatio; mean loss, entropy, 1 - overlap."""
     priority_exponent: float = Field(0.7, ge=0)
     """0: uniform; 1: proportional to priority."""
+    use_exponent: float = Field(2.0, ge=0)
+    """Replayed in proportion to (1 + times learned from)^-use_exponent as well, the new ones first; 0: however often."""
     importance_exponent: float = Field(0.0, ge=0, le=1)
     """Correction of the sampling bias; 1: full."""
     tau: float = Field(1.0, gt=0)
@@ -246,32 +248,6 @@ class ServerConfig(_Section):
     """Answer administrative routes to other machines too."""
     drain_s: float = Field(20.0, ge=0)
     """Seconds that requests in flight get after SIGTERM."""
-
-
-class RayConfig(_Section):
-    """The Ray cluster."""
-
-    address: str = "local"
-    """`local` starts a private cluster; else the address of an existing one (`auto`, `ray://...`)."""
-    decoder_cpus: float = Field(0.5, ge=0)
-    """CPU share reserved by one decoder."""
-    decoder_gpus: float = Field(0.0, ge=0)
-    """GPU share reserved by one decoder."""
-    learner_cpus: float = Field(0.5, ge=0)
-    """CPU share reserved by the learner."""
-    learner_gpus: float = Field(0.0, ge=0)
-    """GPU share reserved by the learner."""
-    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """Strategy of the placement group of decoders and learner."""
-
-
-class LogConfig(_Section):
-    """Logging."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe level written."""
-    style: Literal["auto", "json", "console"] = "auto"
-    """`auto`: console on a terminal, JSON otherwise."""
 
 
 class Config(BaseSettings):

@@ -1,4 +1,4 @@
-"""The base of every section of the configuration, and the sections of the engine, the server behind the proxy, the trends."""
+"""The base of every section of the configuration, and the sections of engine, server behind the proxy, trends, Ray, logging."""
 
 from __future__ import annotations
 
@@ -133,3 +133,29 @@ class TrendsConfig(Section):
             except re.error as error:
                 raise ValueError(f"groups.{name} ({pattern!r}) is no regular expression: {error}") from None
         return groups
+
+
+class RayConfig(Section):
+    """The Ray cluster."""
+
+    address: str = "local"
+    """`local` starts a private cluster; else the address of an existing one (`auto`, `ray://...`)."""
+    decoder_cpus: float = Field(0.5, ge=0)
+    """CPU share reserved by one decoder."""
+    decoder_gpus: float = Field(0.0, ge=0)
+    """GPU share reserved by one decoder."""
+    learner_cpus: float = Field(0.5, ge=0)
+    """CPU share reserved by the learner."""
+    learner_gpus: float = Field(0.0, ge=0)
+    """GPU share reserved by the learner."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Strategy of the placement group of decoders and learner."""
+
+
+class LogConfig(Section):
+    """Logging."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level written."""
+    style: Literal["auto", "json", "console"] = "auto"
+    """`auto`: console on a terminal, JSON otherwise."""

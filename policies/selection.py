@@ -70,6 +70,26 @@ def uniform(size: int, n: int, rng: np.random.Generator) -> tuple[IntArray, Floa
     return indices, np.full(n, 1.0 / size)
 
 
+def least_used(uses: npt.ArrayLike, n: int, exponent: float, rng: np.random.Generator) -> IntArray:
+    """Draw n indices with probability (1 + uses)^-exponent / sum: what was learned from least comes first.
+
+    A learner whose stream changes else spends most of its steps on what it has learned long ago, of which there is more
+    (ours; Reverb bounds the samples per insert to the same end: Cassirer et al. 2021, "Reverb").
+
+    Args:
+      uses: [N] at least 0.
+      n: number of draws, at least 0, with repetition.
+      exponent: 0 draws uniformly.
+
+    Returns: indices [n].
+    Raises: ValueError: nothing to draw from, n negative.
+    """
+    counts = np.asarray(uses, dtype=np.float64)
+    _require_counts(counts.size, n)
+    weights = (1.0 + counts) ** -exponent
+    return rng.choice(counts.size, size=n, p=weights / weights.sum())
+
+
 @dataclass(frozen=True, slots=True)
 class Prioritized:
     """Selector: `prioritized` with this exponent."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,15 @@ from torch import Tensor
 from adaptd import events
 from adaptd.config import GateConfig, LearnConfig
 from adaptd.learning import quarantine
+from adaptd.learning.batches import Batches
 from adaptd.learning.evaluate import Rule
 from adaptd.learning.jury import Jury, Ruling
 from adaptd.learning.learner import DraftLearner
 from adaptd.log import logger
-from buffers.table import NO_KEY, ReplaySample, ReplayTable
+from buffers.table import ReplayTable
 from checkpoints.errors import Superseded
 from checkpoints.manifest import Manifest
 from checkpoints.store import CheckpointStore
-from policies.selection import Mixture, Prioritized, Uniform, importance_weights
 
 _log = logger(__name__)
 
@@ -107,9 +107,8 @@ class LearnerCycle:
         self._jury = Jury(table, learner, gate, k=k, max_tokens=learn.max_tokens, rng=rng, rule=rule)
         self._hold = 1.0
         self._effort = 1.0
-        self._last_key = NO_KEY
+        self._batches = Batches(table, learn, rng)
         self._seen_total = 0
-        self._phase_steps = 0
         self._refusals = 0
         self.totals = {
             "ticks": 0,
@@ -160,7 +159,7 @@ class LearnerCycle:
 
     def drifted(self) -> None:
         """A drift event: begin again with the first stage of the mixture, fresh traces alone, at full effort."""
-        self._phase_steps = 0
+        self._batches.begin()
         self._effort = 1.0
 
     def follow_target(self, target_id: str) -> int:
@@ -184,14 +183,14 @@ class LearnerCycle:
         started = time.perf_counter()
         self.follow("another version serves")
         self._seen_total = self._table.info().inserted_total
-        pools = self._pools()
-        if pools is None:
+        # What the base draft serves needs no rehearsal.
+        if not self._batches.read(self._jury.on_base):
             report.seconds = time.perf_counter() - started
             _log.info(events.LEARNER_SKIPPED, reason="no traces to learn from")
             return report
-        self._learner.centre([s.trace for s in pools["fresh"]])
+        self._learner.centre(self._batches.fresh)
         steps = max(1, round(self._effort * self._learn.steps_per_tick))
-        losses = [loss for loss in (self._one_step(pools, report) for _ in range(steps)) if loss is not None]
+        losses = [loss for loss in (self._one_step(report) for _ in range(steps)) if loss is not None]
         if losses:
             report.loss = float(np.mean(losses))
             asked = time.perf_counter()
@@ -219,42 +218,9 @@ class LearnerCycle:
             verdict=(report.verdict or {}).get("reason"),
         )
 
-    def _pools(self) -> dict[str, list[ReplaySample]] | None:
-        """One read of the table for the whole tick; each stratum as many traces as its share can use."""
-        draws = self._learn.batch_traces * self._learn.steps_per_tick
-        fresh = self._table.fresh(self._last_key, draws)
-        if fresh:
-            self._last_key = max(s.info.key for s in fresh)
-        pools = {"fresh": fresh, "selected": [], "anchors": []}
-        if self._table.can_sample(1, "recent"):
-            selector = Prioritized(self._learn.priority_exponent)
-            pools["selected"] = self._table.sample(draws, selector, self._rng, "recent")
-        if self._table.can_sample(1, "anchors"):
-            pools["anchors"] = self._table.sample(draws, Uniform(), self._rng, "anchors")
-        for stratum in ("selected", "anchors"):
-            # What the base draft serves needs no rehearsal.
-            pools[stratum] = [s for s in pools[stratum] if s.trace.domain not in self._jury.on_base]
-        if not fresh:
-            pools["fresh"] = pools["selected"]
-        return pools if pools["fresh"] else None
-
-    def _one_step(self, pools: Mapping[str, Sequence[ReplaySample]], report: TickReport) -> float | None:
-        mixture = Mixture(self._learn.lam, self._learn.epsilon * self._hold, self._learn.mix_after)
-        counts = mixture.counts(self._learn.batch_traces, self._phase_steps)
-        chosen: list[ReplaySample] = []
-        weights: list[np.ndarray] = []
-        for stratum, n in (("fresh", counts.fresh), ("selected", counts.selected), ("anchors", counts.anchors)):
-            pool = pools[stratum] or pools["fresh"]
-            picks = [pool[i] for i in self._rng.integers(len(pool), size=n)]
-            if stratum == "selected" and picks:
-                probabilities = np.array([s.info.probability for s in picks])
-                weights.append(
-                    importance_weights(probabilities, picks[0].info.table_size, self._learn.importance_exponent)
-                )
-            else:
-                weights.append(np.ones(len(picks)))
-            chosen += picks
-        step = self._learner.step(chosen, np.concatenate(weights))
+    def _one_step(self, report: TickReport) -> float | None:
+        chosen, weights = self._batches.draw(self._hold)
+        step = self._learner.step(chosen, weights)
         self._rest(step.seconds)
         report.tokens += step.tokens
         if step.skipped:
@@ -263,7 +229,7 @@ class LearnerCycle:
                 self._restart("loss was not finite three times in a row")
             return None
         report.steps += 1
-        self._phase_steps += 1
+        self._batches.advance()
         self._table.update_priorities(step.priorities)
         return step.loss
 

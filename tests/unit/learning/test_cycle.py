@@ -215,11 +215,11 @@ def test_a_new_target_ages_out_what_the_old_one_judged_and_learning_begins_with_
     rig = Rig(tmp_path)
     rig.fill([dataclasses.replace(t, target_id="old") for t in traces])
     rig.cycle.tick("traces")
-    assert rig.cycle._phase_steps > 0
+    assert rig.cycle._batches.steps > 0
     assert rig.cycle.follow_target("old") == 0
-    assert rig.cycle._phase_steps > 0, "a restart over the same target changes nothing"
+    assert rig.cycle._batches.steps > 0, "a restart over the same target changes nothing"
     assert rig.cycle.follow_target("new") == len(traces)
-    assert rig.cycle._phase_steps == 0
+    assert rig.cycle._batches.steps == 0
     assert sum(rig.table.info().sizes.values()) == 0
     assert rig.cycle.tick("time").steps == 0, "nothing of the old target is left to learn from"
     rig.fill([dataclasses.replace(t, target_id="new") for t in traces])

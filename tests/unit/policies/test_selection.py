@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from policies.selection import Counts, Mixture, Prioritized, Uniform, importance_weights, prioritized, uniform
+from policies.selection import (
+    Counts,
+    Mixture,
+    Prioritized,
+    Uniform,
+    importance_weights,
+    least_used,
+    prioritized,
+    uniform,
+)
 
 PRIORITIES = np.array([0.1, 1.0, 0.0, 0.5, 2.0, 0.4])
 
@@ -108,6 +117,17 @@ def test_uniform_is_uniform() -> None:
     rng = np.random.default_rng(4)
     counts = sum(np.bincount(uniform(10, 3, rng)[0], minlength=10) for _ in range(2_000))
     assert stats.chisquare(counts).pvalue > 0.01
+
+
+@pytest.mark.parametrize(("exponent", "shares"), [(0.0, (1 / 3, 1 / 3, 1 / 3)), (1.0, (6 / 11, 3 / 11, 2 / 11))])
+def test_what_was_learned_from_least_is_drawn_most(exponent: float, shares: tuple[float, ...]) -> None:
+    counts = np.bincount(least_used([0, 1, 2], 20_000, exponent, np.random.default_rng(6)), minlength=3)
+    assert stats.chisquare(counts, np.array(shares) * 20_000).pvalue > 0.01
+
+
+def test_of_nothing_there_is_no_least_used() -> None:
+    with pytest.raises(ValueError, match="number of traces"):
+        least_used([], 1, 2.0, np.random.default_rng(0))
 
 
 def test_draws_repeat_with_the_generators_seed() -> None:
