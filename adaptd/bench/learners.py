@@ -27,10 +27,13 @@ from adaptd.bench.verify import rejections_only
 from adaptd.config import Config, checked
 from adaptd.decoding.build import build_recall
 from adaptd.errors import ConfigError
+from adaptd.report.monitor import ALL
 from buffers.memory_table import MemoryTable
 from buffers.table import NO_KEY, ReplaySample, SampleInfo, TableLimits
-from buffers.trace import Trace, is_reserved
+from buffers.trace import Source, Trace, is_reserved
 from checkpoints.store import CheckpointStore
+from policies.drift import DriftDetector
+from policies.triggers import LearnTrigger
 
 _NONE: Mapping[str, Sequence[Trace]] = MappingProxyType({})
 
@@ -223,6 +226,8 @@ class Cycle(Learner):
         self._store = CheckpointStore(home / "checkpoints")
         self._learning, identity = load_draft(config, "cpu", "float32", serving=False)
         self._cycle = learner_cycle(config, self._learning, identity, self._table, home, self.rng)
+        self._trigger = LearnTrigger(config.learn.min_new_traces, None)
+        self._drift = DriftDetector(delta=config.drift.delta)
 
     @property
     def trainable_fraction(self) -> float:
@@ -230,7 +235,7 @@ class Cycle(Learner):
         return self._learning.trainable_fraction
 
     def observe(self, traces: Sequence[Trace], again: Mapping[str, Sequence[Trace]] = _NONE) -> None:
-        """Insert, and tick when enough is new."""
+        """Insert, and tick when enough is new or traffic drifted, as the daemon does."""
         share = self.config.capture.reserved_share
         kept = []
         for trace in traces:
@@ -239,9 +244,12 @@ class Cycle(Learner):
             # What the gate judges by is asked once: nothing learned may have seen its prompt.
             kept += [] if reserved else [self.kept(other) for other in again.get(trace.request_id, ())]
         self._table.insert(kept, [t.surprise for t in kept])
-        if self._cycle.new_traces() < self.config.learn.min_new_traces:
+        if drifted := self._drifted(traces):
+            self._cycle.drifted()
+        reason = self._trigger.due(self._cycle.new_traces(), 0.0, drifted)
+        if reason is None:
             return
-        report = self._cycle.tick("traces")
+        report = self._cycle.tick(reason)
         self.seconds += report.seconds
         self.trained_tokens += report.tokens
         self.steps += report.steps
@@ -250,6 +258,16 @@ class Cycle(Learner):
             manifest, tensors = self._store.load(report.published)
             self.draft.load(tensors)
             self.draft.keep_on_base(manifest.gate.get("on_base", ()))
+
+    def _drifted(self, traces: Sequence[Trace]) -> bool:
+        """Whether acceptance changed with one of these requests: of its domain, or of all traffic."""
+        events = []
+        for trace in traces:
+            accepted = int((trace.source == Source.ACCEPTED).sum())
+            rounds = max(1, trace.response_len - accepted)
+            share = min(1.0, accepted / (self.config.engine.k * rounds))
+            events += [self._drift.update(name, share) for name in (trace.domain, ALL)]
+        return any(events)
 
     def change_target(self, target_id: str) -> None:
         """The old target's traces go, and the mixture begins again."""

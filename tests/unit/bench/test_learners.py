@@ -9,12 +9,18 @@ import pytest
 
 from adaptd.bench.learners import Kind, LearnerSpec, build
 from adaptd.config import load
+from adaptd.learning.cycle import TickReport
 from buffers.synthetic import synthetic_trace
-from buffers.trace import Trace
+from buffers.trace import Source, Trace
 
 
 def shown(n: int) -> list[Trace]:
     return [synthetic_trace(np.random.default_rng(i), n_response=20, vocabulary=500) for i in range(n)]
+
+
+def shown_with(source: Source) -> list[Trace]:
+    """16 answers whose tokens all came about like that."""
+    return [dataclasses.replace(t, source=np.full(t.response_len, source, np.uint8)) for t in shown(16)]
 
 
 @pytest.mark.parametrize("kind", ["online", "cycle"])
@@ -47,6 +53,30 @@ def test_what_is_answered_again_is_learned_from_but_never_where_the_gate_judges(
     assert 0 < len(reserved) < 20
     asked_once = {t.request_id for t in traces} - reserved
     assert {t.request_id for t in inside} == reserved | asked_once | {f"{name}-again1" for name in asked_once}
+
+
+def test_a_fall_of_acceptance_makes_a_tick_due_as_in_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 requests of which nothing was accepted, after 64 of which all was: ADWIN cuts long before 1,000 traces."""
+    sets = {"learn": {"min_new_traces": 1000}}
+    learner = build(LearnerSpec(name="mine", kind="cycle", settings=sets), load(None), 0)
+    reasons: list[str] = []
+    begun: list[int] = []
+    cycle = learner._cycle  # type: ignore[attr-defined]
+
+    def tick(reason: str) -> TickReport:
+        reasons.append(reason)
+        return TickReport(reason)
+
+    monkeypatch.setattr(cycle, "tick", tick)
+    monkeypatch.setattr(cycle, "drifted", lambda: begun.append(len(reasons)))
+    good, bad = (shown_with(source) for source in (Source.ACCEPTED, Source.CORRECTION))
+    for _ in range(4):
+        learner.observe(good)
+    assert (reasons, begun) == ([], [])
+    for _ in range(2):
+        learner.observe(bad)
+    assert reasons[:1] == ["drift"]
+    assert begun[:1] == [0], "the mixture begins again before the tick"
 
 
 def test_by_default_everything_is_kept() -> None:
