@@ -169,6 +169,7 @@ def test_the_command_runs_learners_side_by_side(tmp_path: Path) -> None:
     command += [arg for name in ("frozen", "osd", "ours", "offline_oracle") for arg in ("--learner", name)]
     command += ["--report", str(tmp_path / "report"), "--json", str(tmp_path / "out.json"), "--jobs", "2"]
     command += ["--set", f"state_dir={tmp_path}", "--set", "capture.reserved_share=0.2"]
+    command += ["--set", "learn.steps_per_tick=8"]
     # Without echoes nothing is recalled before the first requests have ended.
     command += ["--set", "recall.echo=[]"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -110,11 +110,11 @@ def test_a_cycle_keeps_no_trace_of_the_old_target_and_begins_its_mixture_anew() 
     assert isinstance(cycle, Cycle)
     rng = np.random.default_rng(0)
     cycle.observe([synthetic_trace(rng, target_id="bench") for _ in range(8)])
-    cycle._cycle._phase_steps = 5
+    cycle._cycle._batches.steps = 5
     cycle.change_target("tuned")
     info = cycle._table.info()
     assert sum(info.sizes.values()) == 0
-    assert cycle._cycle._phase_steps == 0
+    assert cycle._cycle._batches.steps == 0
     cycle.observe([synthetic_trace(rng, target_id="tuned") for _ in range(8)])
     assert sum(cycle._table.info().sizes.values()) > 0
 
