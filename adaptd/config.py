@@ -77,8 +77,8 @@ class LearnConfig(_Section):
     """Steps over which the learning rate rises from zero."""
     clip: float = Field(1.0, gt=0)
     """Largest gradient norm."""
-    average_decay: float = Field(0.92, ge=0, lt=1)
-    """Decay a step of the moving average of weights that is judged and published; 0 for none."""
+    average_decay: float = Field(0.985, ge=0, lt=1)
+    """Decay a step, at most, of the moving average of weights that is judged and published; 0 for none."""
     keep_anchors: bool = True
     """On anchors follow the better of published and day-0 draft, not the target: learning without forgetting."""
     batch_traces: int = Field(8, ge=1)

@@ -160,6 +160,7 @@ class LearnerCycle:
     def drifted(self) -> None:
         """A drift event: begin again with the first stage of the mixture, fresh traces alone, at full effort."""
         self._batches.begin()
+        self._learner.shorten_average()
         self._effort = 1.0
 
     def follow_target(self, target_id: str) -> int:

@@ -25,6 +25,9 @@ from policies.objectives import compute_objective, get_objective
 from policies.priority import Measure, Priority, is_measure, measured_priorities
 from policies.surprise import Mode, surprise_priority, surprise_ratio
 
+#: Steps since a restart that the average is taken back to where traffic changes: it is then of the last ten or so.
+_SHORTENED = 90
+
 #: Draft probabilities averaged in the SurpriseRatio's denominator.
 _SURPRISE_TOP = 8
 
@@ -127,7 +130,7 @@ class DraftLearner:
         prompt_gradient: bool = False,
         priority: Priority = "surprise",
         tau: float = 1.0,
-        average_decay: float = 0.92,
+        average_decay: float = 0.985,
     ) -> None:
         draft.prove_frozen()
         self._blocks = get_objective(objective).blocks
@@ -286,7 +289,7 @@ class DraftLearner:
             optimiser.step()
         self.steps += 1
         self._since_restart += 1
-        # Short memory at first, so that the average does not cling to where it started.
+        # A tenth of the steps until then, so that the average does not cling to where it started.
         keep = min(self._average_decay, self._since_restart / (self._since_restart + 9))
         with torch.no_grad():
             for name, parameter in self._parameters.items():
@@ -330,6 +333,10 @@ class DraftLearner:
         self.draft.load(tensors)
         self._new_optimiser()
         self.skipped_in_a_row = 0
+
+    def shorten_average(self) -> None:
+        """Traffic changed: the average grows anew from a memory of ten steps, and leaves where the weights were behind it."""
+        self._since_restart = min(self._since_restart, max(_SHORTENED, self._warmup))
 
     def state(self) -> dict[str, Tensor]:
         """Weights, moments and counters as flat tensors, ready for safetensors."""

@@ -259,6 +259,23 @@ def test_the_teacher_of_an_anchor_is_the_version_nearer_to_the_target(decode: De
     assert learner.step(anchors).loss == pytest.approx(0.0, abs=1e-5), "day 0 stays day 0"
 
 
+def test_where_traffic_changes_the_average_leaves_what_the_weights_were_behind(decode: Decode) -> None:
+    """30 steps after 1,000: a memory of 67 steps stays where it was, one that begins anew is near the weights."""
+    far: dict[bool, float] = {}
+    for shortened in (False, True):
+        draft = adapted()
+        samples = samples_of(decode(draft.model, 8, temperature=1.0))
+        learner = DraftLearner(draft, objective="forward_kl", lr=1e-2, average_decay=0.985)
+        learner.load_state(learner.state() | {"steps": torch.tensor([1000, 1000])})
+        if shortened:
+            learner.shorten_average()
+        for _ in range(30):
+            learner.step(samples)
+        now, mean = draft.state(), learner.average()
+        far[shortened] = float(sum((mean[n] - now[n]).norm() for n in now))
+    assert far[True] < 0.6 * far[False]
+
+
 def test_the_average_trails_the_weights_and_starts_where_they_start(decode: Decode) -> None:
     draft = adapted()
     samples = samples_of(decode(draft.model, 8, temperature=1.0))
