@@ -289,7 +289,7 @@ class DraftLearner:
             optimiser.step()
         self.steps += 1
         self._since_restart += 1
-        # A tenth of the steps until then, so that the average does not cling to where it started.
+        # Its memory is a tenth of the steps at first, so that the average does not cling to where it started.
         keep = min(self._average_decay, self._since_restart / (self._since_restart + 9))
         with torch.no_grad():
             for name, parameter in self._parameters.items():
