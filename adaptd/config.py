@@ -128,6 +128,8 @@ class CaptureConfig(_Section):
     """Every response position, or corrections only."""
     k_top: int = Field(32, ge=1, le=256)
     """Most likely target tokens kept at each position."""
+    k_tail: int = Field(8, ge=0, le=64)
+    """Tokens drawn from the target's others beside `k_top` (and an equal `k_branch`), by which its tail is learned; 0: none."""
     k_draft: int = Field(8, ge=1, le=64)
     """Most likely draft tokens kept at a correction."""
     k_branch: int = Field(32, ge=0, le=256)

@@ -19,11 +19,12 @@ from safetensors.numpy import load, save
 from buffers.errors import CorruptTrace, SchemaMismatch, TruncatedTrace
 from buffers.trace import NOT_SCALARS, Trace
 
-#: Raise it whenever a field is added, removed or changes meaning. 2: branches; 3: they say where they begin.
-SCHEMA_VERSION: Final = 3
+#: Raise it whenever a field is added, removed or changes meaning. 2: branches; 3: they say where they begin;
+#: 4: draws of the tail.
+SCHEMA_VERSION: Final = 4
 #: Versions that can be read, all others are refused by name. In version 1 there are no branches, in version 2 there is one
-#: for each correction.
-_READABLE: Final = (1, 2, SCHEMA_VERSION)
+#: for each correction; none of those before 4 has draws.
+_READABLE: Final = (1, 2, 3, SCHEMA_VERSION)
 
 _METADATA_KEY: Final = "adaptd_trace"
 _LENGTH_BYTES: Final = 8  # safetensors: little-endian length of the JSON header

@@ -17,13 +17,15 @@ def synthetic_trace(
     n_draft_top: int = 8,
     n_branch: int = 0,
     n_branch_top: int = 8,
+    n_tail: int = 0,
     vocabulary: int = 4096,
     **overrides: Any,
 ) -> Trace:
     """A valid trace of `n_prompt` + `n_response` tokens; about 200 bytes a response position at `n_top` = 32.
 
     Sources are drawn as corrections (30 %), accepted (60 %) and bonus tokens (10 %). With `n_branch` above 0 there are
-    branches of 1 to that many tokens. `overrides` replace any field.
+    branches of 1 to that many tokens, with `n_tail` as many draws at each position and behind each of them. `overrides`
+    replace any field.
     """
     source = rng.choice([0, 1, 2], size=n_response, p=[0.3, 0.6, 0.1]).astype(np.uint8)
     rejected_at = np.flatnonzero(source == Source.CORRECTION).astype(np.int32)
@@ -58,5 +60,8 @@ def synthetic_trace(
         tokens[first] = rejected[rejected_at]
         best = rng.integers(0, vocabulary, (len(tokens), n_branch_top)).astype(np.uint32)
         logprobs = -np.sort(rng.exponential(4.0, best.shape)).astype(np.float16)
-        fields["branches"] = Branches(rejected_at, lens, tokens, best, logprobs)
+        drawn = rng.integers(0, vocabulary, (len(tokens), n_tail)).astype(np.uint32) if n_tail else None
+        fields["branches"] = Branches(rejected_at, lens, tokens, best, logprobs, drawn)
+    if n_tail:
+        fields["tail_ids"] = rng.integers(0, vocabulary, (n_response, n_tail)).astype(np.uint32)
     return Trace(**(fields | overrides))

@@ -6,9 +6,9 @@ Logits row ``t - 1`` judges token ``t``. Response position ``r`` (0-based) is to
 logits row ``prompt_len + r - 1``, of the target and of the draft alike. `Trace.judging_rows` is that sentence as an
 array; use it instead of writing the arithmetic again.
 
-Letters in shapes: T tokens in all, R = T - prompt_len response positions, K target candidates a position, C corrections
-(rejected proposals), K' draft candidates a correction, F branches, U tokens of them all, K'' target candidates behind each
-token, H hidden size.
+Letters in shapes: T tokens in all, R = T - prompt_len response positions, K target candidates a position, S draws of the
+target's tail, C corrections (rejected proposals), K' draft candidates a correction, F branches, U tokens of them all, K''
+target candidates and S' draws behind each token, H hidden size.
 
 Two capture modes share one layout. With every position captured ``topk_ids`` has R rows, one a response position. With
 only rejected positions captured it has C rows, row c belonging to response position ``rejected_at[c]``.
@@ -50,6 +50,7 @@ ARRAY_FIELDS: "Final[dict[str, tuple[tuple[np.dtype[Any], ...], str]]]" = {
     "tokens": ((np.dtype(np.uint32),), "T"),
     "topk_ids": ((np.dtype(np.uint32),), "PK"),
     "topk_logprobs": ((np.dtype(np.float16),), "PK"),
+    "tail_ids": ((np.dtype(np.uint32),), "PS"),
     "source": ((np.dtype(np.uint8),), "R"),
     "rejected": ((np.dtype(np.int32),), "R"),
     "draft_logprob": ((np.dtype(np.float16),), "R"),
@@ -62,6 +63,7 @@ ARRAY_FIELDS: "Final[dict[str, tuple[tuple[np.dtype[Any], ...], str]]]" = {
     "branch_tokens": ((np.dtype(np.uint32),), "U"),
     "branch_topk_ids": ((np.dtype(np.uint32),), "UB"),
     "branch_topk_logprobs": ((np.dtype(np.float16),), "UB"),
+    "branch_tail_ids": ((np.dtype(np.uint32),), "UE"),
     "features": ((np.dtype(np.uint16), np.dtype(np.int8)), "TH"),
 }
 #: Of these the arrays of `Branches`.
@@ -79,23 +81,35 @@ class Branches:
     tokens: NDArray[np.uint32]  # [U] the branches' tokens, one branch after the other
     topk_ids: NDArray[np.uint32]  # [U, K''] the target's most likely tokens behind each of them
     topk_logprobs: NDArray[np.float16]  # same shape; temperature 1, descending
+    tail_ids: NDArray[np.uint32] | None = None  # [U, S'] drawn from its other tokens (`policies.tail`)
 
     def take(self, kept: NDArray[np.bool_]) -> "Branches":
         """Some of them, [F]."""
         rows = np.repeat(kept, self.lens)
         return Branches(
-            self.at[kept], self.lens[kept], self.tokens[rows], self.topk_ids[rows], self.topk_logprobs[rows]
+            self.at[kept],
+            self.lens[kept],
+            self.tokens[rows],
+            self.topk_ids[rows],
+            self.topk_logprobs[rows],
+            None if self.tail_ids is None else self.tail_ids[rows],
         )
 
     def plus(self, more: "Branches") -> "Branches":
-        """These, and others of the same sequence behind them; K'' is the smaller one."""
+        """These, and others of the same sequence behind them; K'' is the smaller one, and so is S'."""
         depth = min(self.topk_ids.shape[1], more.topk_ids.shape[1])
+        tail_ids = None
+        # A smaller K'' leaves more over than was drawn from: draws are kept where both have the same.
+        if self.tail_ids is not None and more.tail_ids is not None and self.topk_ids.shape[1] == more.topk_ids.shape[1]:
+            drawn = min(self.tail_ids.shape[1], more.tail_ids.shape[1])
+            tail_ids = np.concatenate([self.tail_ids[:, :drawn], more.tail_ids[:, :drawn]])
         return Branches(
             np.concatenate([self.at, more.at]),
             np.concatenate([self.lens, more.lens]),
             np.concatenate([self.tokens, more.tokens]),
             np.concatenate([self.topk_ids[:, :depth], more.topk_ids[:, :depth]]),
             np.concatenate([self.topk_logprobs[:, :depth], more.topk_logprobs[:, :depth]]),
+            tail_ids,
         )
 
     def cut(self, lost: int) -> "Branches":
@@ -132,6 +146,9 @@ class Trace:
     top_k: int = 0  # 0 is off
     surprise: float = 1.0  # SurpriseRatio seed of the priority, in (0, 1]
     shift: float = math.nan  # representation shift against the anchors
+    tail_ids: NDArray[np.uint32] | None = (
+        None  # [R, S] (or [C, S]) drawn from the target's other tokens (`policies.tail`)
+    )
     branches: Branches | None = None  # where they were captured
     features: NDArray[np.uint16] | NDArray[np.int8] | None = None  # [T, H] target hidden states; uint16 = bfloat16 bits
 
@@ -163,10 +180,11 @@ class Trace:
         return sum(a.nbytes for a in self.arrays().values())
 
     def arrays(self) -> "dict[str, NDArray[Any]]":
-        """The array fields by name; branches and `features` only where there are any."""
+        """The array fields by name; draws, branches and `features` only where there are any."""
         found = {name: a for name in ARRAY_FIELDS if (a := getattr(self, name, None)) is not None}
         if self.branches is not None:
-            found |= {_PREFIX + f.name: getattr(self.branches, f.name) for f in fields(Branches)}
+            arrays = {f.name: getattr(self.branches, f.name) for f in fields(Branches)}
+            found |= {_PREFIX + name: a for name, a in arrays.items() if a is not None}
         return found
 
     @classmethod
@@ -255,6 +273,7 @@ class Trace:
             prompt_len=self.prompt_len + lost - cut,
             topk_ids=self.topk_ids[rows],
             topk_logprobs=self.topk_logprobs[rows],
+            tail_ids=None if self.tail_ids is None else self.tail_ids[rows],
             source=self.source[lost:],
             rejected=self.rejected[lost:],
             draft_logprob=self.draft_logprob[lost:],

@@ -62,25 +62,63 @@ def draft_with_tail(draft_logits: Tensor, ids: Tensor) -> Tensor:
     Returns: [N, K+1] nats, differentiable in `draft_logits`.
     Raises: ValueError: not two-dimensional, or another number of rows.
     """
+    return draft_with_draws(draft_logits, ids, ids[:, :0])[0]
+
+
+def draft_with_draws(draft_logits: Tensor, ids: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """`draft_with_tail`, and the draft's log-probabilities of tokens of the tail within the tail.
+
+    By the chain rule KL(p || q) = KL over the K and the bucket + p(tail) KL within the tail; minus the mean of the second
+    result over tokens that were drawn from the target's tail (`policies.tail`) is the last, but for the entropy of p there.
+
+    Args:
+      draft_logits, ids: as for `draft_with_tail`.
+      drawn: [N, S] integers, none of them among the `ids` of its row; they may repeat.
+
+    Returns: [N, K+1] nats and [N, S] nats, log q(v) - log q(tail), both differentiable in `draft_logits`.
+    Raises: ValueError: not two-dimensional, or another number of rows.
+    """
     _require_matrix("draft_logits", draft_logits)
-    _require_matrix("ids", ids)
-    if ids.shape[0] != draft_logits.shape[0]:
-        raise ValueError(f"ids ({ids.shape[0]} rows) must have as many rows as draft_logits ({draft_logits.shape[0]})")
-    found: Tensor = _PickedWithTail.apply(_at_least_float32(draft_logits), ids.long())  # type: ignore[no-untyped-call]
+    for name, chosen in (("ids", ids), ("drawn", drawn)):
+        _require_matrix(name, chosen)
+        if chosen.shape[0] != draft_logits.shape[0]:
+            raise ValueError(
+                f"{name} ({chosen.shape[0]} rows) must have as many rows as draft_logits ({draft_logits.shape[0]})"
+            )
+    found: tuple[Tensor, Tensor] = _PickedWithTail.apply(  # type: ignore[no-untyped-call]
+        _at_least_float32(draft_logits), ids.long(), drawn.long()
+    )
     return found
 
 
+def tail_cross_entropy(p: Tensor, within: Tensor, known: Tensor) -> Tensor:
+    """p(tail) times the mean of -log q within the tail over tokens drawn from it, in nats; without any draw 0.
+
+    An unbiased estimate of what KL(p || q) has beyond the K and the bucket, plus a constant (`draft_with_draws`).
+
+    Args:
+      p: [N, K+1] log-probabilities with tail.
+      within: [N, S], the second result of `draft_with_draws`.
+      known: bool [N, S], which of them are draws; the others are padding. One that the draft cannot say is left out.
+
+    Returns: [N].
+    """
+    known = known & within.detach().isfinite()
+    count = known.sum(-1).clamp(min=1)
+    return p[:, -1].exp() * -within.masked_fill(~known, 0.0).sum(-1) / count
+
+
 class _PickedWithTail(torch.autograd.Function):
-    """`draft_with_tail` with its gradient written out: one [N, V] buffer and few passes over it, the dearest of a step.
+    """`draft_with_draws` with its gradient written out: one [N, V] buffer and few passes over it, the dearest of a step.
 
     With e_v = exp(z_v - m) over the other tokens, m their largest logit, the tail is m + log sum e and the total a
     log-sum-exp over K+1 values. d out_i / d z_v = [v is i] - softmax_v for the K, and [v is other] e_v / sum e - softmax_v
-    for the tail.
+    for the tail. Within the tail log q(s) = z_s - tail, with [v is s] - [v is other] e_v / sum e.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
-        """[N, V] and [N, K] to [N, K+1]."""
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, V], [N, K] and [N, S] to [N, K+1] and [N, S]."""
         others = logits.scatter(-1, ids, -torch.inf)
         largest = others.amax(-1, keepdim=True)
         empty = largest == -torch.inf
@@ -89,19 +127,23 @@ class _PickedWithTail(torch.autograd.Function):
         tail = (largest + mass.log()).masked_fill(empty, -torch.inf)
         picked = torch.cat([logits.gather(-1, ids), tail], dim=-1)
         out = picked - picked.logsumexp(-1, keepdim=True)
-        ctx.save_for_backward(others, mass, ids, out)
+        within = (logits.gather(-1, drawn) - tail).masked_fill(empty, 0.0)
+        ctx.save_for_backward(others, mass, ids, drawn, out)
         # A row without other tokens: its tail is a constant.
-        return out.masked_fill(torch.cat([torch.zeros_like(ids, dtype=torch.bool), empty], -1), math.log(TAIL_FLOOR))
+        out = out.masked_fill(torch.cat([torch.zeros_like(ids, dtype=torch.bool), empty], -1), math.log(TAIL_FLOOR))
+        return out, within
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """[N, K+1] to [N, V]."""
-        others, mass, ids, out = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor, within: Tensor) -> tuple[Tensor, None, None]:
+        """[N, K+1] and [N, S] to [N, V]."""
+        others, mass, ids, drawn, out = ctx.saved_tensors
         empty = out[:, -1:] == -torch.inf
         gradient = torch.cat([gradient[:, :-1], gradient[:, -1:].masked_fill(empty, 0.0)], -1)
         inner = gradient - out.exp() * gradient.sum(-1, keepdim=True)
-        back = others * (inner[:, -1:] / mass.masked_fill(empty, 1.0))
-        return back.scatter_(-1, ids, inner[:, :-1]), None
+        within = within.masked_fill(empty, 0.0)
+        left = inner[:, -1:] - within.sum(-1, keepdim=True)
+        back = (others * (left / mass.masked_fill(empty, 1.0))).scatter_add_(-1, drawn, within)
+        return back.scatter_(-1, ids, inner[:, :-1]), None, None
 
 
 def forward_kl(p: Tensor, q: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class Objective:
     #: Names of the coefficients that may be set; see the function for their units and defaults.
     options: tuple[str, ...] = ()
     blocks: bool = False
+    #: KL(p || q) is a part of it with weight 1, which draws of the target's tail make whole (`divergence.tail_cross_entropy`).
+    draws: bool = False
 
 
 #: Every objective that a configuration may name.
@@ -33,14 +35,18 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
         objective.name: objective
         for objective in (
-            Objective("forward_kl", divergence.forward_kl, soft=True),
+            Objective("forward_kl", divergence.forward_kl, soft=True, draws=True),
             Objective("reverse_kl", divergence.reverse_kl, soft=True),
             Objective("jsd", divergence.jensen_shannon, soft=True, options=("beta",)),
             Objective("tv", divergence.total_variation, soft=True),
-            Objective("kl_tv", divergence.kl_tv, soft=True, options=("tv_weight",)),
+            Objective("kl_tv", divergence.kl_tv, soft=True, options=("tv_weight",), draws=True),
             Objective("cross_entropy", divergence.cross_entropy, soft=False),
             Objective(
-                "entropy_adaptive", divergence.entropy_adaptive, soft=True, options=("midpoint", "width", "tv_weight")
+                "entropy_adaptive",
+                divergence.entropy_adaptive,
+                soft=True,
+                options=("midpoint", "width", "tv_weight"),
+                draws=True,
             ),
             Objective("acceptance_length", divergence.acceptance_length, soft=True, blocks=True),
         )

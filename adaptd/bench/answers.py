@@ -37,7 +37,7 @@ class AnswerPool:
       prompts: by domain; answer number i is to prompt i modulo their number, with seed i; each can be had `again`.
       home: folder of the cache.
       temperature, max_tokens: of every answer.
-      k, k_top: of the decoder that generates, and of its capture.
+      k, k_top, k_tail: of the decoder that generates, and of its capture.
       max_length: longest prompt and answer; longer prompts are left out.
     """
 
@@ -51,15 +51,16 @@ class AnswerPool:
         max_tokens: int,
         k: int,
         k_top: int,
+        k_tail: int = 0,
         max_length: int,
         max_batch: int = 16,
     ) -> None:
         self._pair, self._max_batch, self._k = pair, max_batch, k
         self._temperature, self._max_tokens, self._max_length = temperature, max_tokens, max_length
         # What is scored behind a rejection is another thing for each draft: `adaptd.bench.branches`.
-        self._capture = CaptureConfig(k_top=k_top, k_branch=0, reserved_share=0.0, target_id="bench")
+        self._capture = CaptureConfig(k_top=k_top, k_tail=k_tail, k_branch=0, reserved_share=0.0, target_id="bench")
         self._prompts = {domain: self._rendered(domain, texts) for domain, texts in prompts.items()}
-        self._home = home / _digest([weights_id(pair.target), temperature, max_tokens, k_top, max_length])
+        self._home = home / _digest([weights_id(pair.target), temperature, max_tokens, k_top, k_tail, max_length])
 
     def _rendered(self, domain: str, texts: Sequence[str]) -> list[tuple[int, ...]]:
         rendered = [tuple(render_chat(self._pair.tokenizer, [{"role": "user", "content": t}])) for t in texts]

@@ -24,6 +24,7 @@ from adaptd.learning.batch import collate, draft_logits
 from adaptd.learning.branches import Choice, reads_branches
 from adaptd.learning.evaluate import Rule
 from buffers.trace import Branches, Source, Trace
+from policies.tail import draw_tail
 from policies.warp import served_probs
 
 
@@ -34,6 +35,7 @@ class BranchScorer:
       target: scores them.
       k: proposals a round.
       k_branch: target candidates kept behind each token.
+      k_tail: draws of its other tokens there; 0: none.
       alternatives: other tokens at each position, as `adaptd.decoding.alternatives` draws them.
       rng: draws the tokens.
       wanted: which traces are to have them.
@@ -47,12 +49,13 @@ class BranchScorer:
         k: int,
         k_branch: int,
         rng: np.random.Generator,
+        k_tail: int = 0,
         alternatives: int = 0,
         wanted: Callable[[Trace], bool] = lambda _: True,
         rule: Rule = "rejection",
     ) -> None:
         self._target, self._rule, self._alternatives = target, rule, alternatives
-        self._k, self._k_branch, self._rng, self._wanted = k, k_branch, rng, wanted
+        self._k, self._k_branch, self._k_tail, self._rng, self._wanted = k, k_branch, k_tail, rng, wanted
 
     @torch.inference_mode()
     def add(self, draft: PreTrainedModel, traces: Sequence[Trace], logits: Sequence[Tensor]) -> list[Trace]:
@@ -75,13 +78,26 @@ class BranchScorer:
         best = scored.topk(min(self._k_branch, scored.shape[-1]), dim=-1)
         ids = best.indices.numpy(force=True).astype(np.uint32)
         logprobs = best.values.numpy(force=True).astype(np.float16)
+        drawn = self._tail(scored, best.indices)
         found, start = list(traces), 0
         for i, trace in zip(at, grown, strict=True):
             rows = slice(start, start + len(_branches(trace).tokens))
             start = rows.stop
-            scores = dataclasses.replace(_branches(trace), topk_ids=ids[rows], topk_logprobs=logprobs[rows])
+            scores = dataclasses.replace(
+                _branches(trace),
+                topk_ids=ids[rows],
+                topk_logprobs=logprobs[rows],
+                tail_ids=None if drawn is None else drawn[rows],
+            )
             found[i] = dataclasses.replace(trace, branches=scores)
         return found
+
+    def _tail(self, logprobs: Tensor, ids: Tensor) -> NDArray[np.uint32] | None:
+        """Draws behind each token, [U, S']; None if none are kept."""
+        if not self._k_tail or ids.shape[-1] == logprobs.shape[-1]:
+            return None
+        offset = torch.from_numpy(self._rng.random(len(logprobs), np.float32)).to(logprobs.device)
+        return draw_tail(logprobs, ids, self._k_tail, offset).numpy(force=True).astype(np.uint32)
 
     def _grow(self, draft: PreTrainedModel, traces: Sequence[Trace], logits: Sequence[Tensor]) -> list[Trace]:
         """Traces with the tokens of their branches, what the target says of them still empty."""
@@ -150,6 +166,8 @@ def build_scorer(
         target,
         k=config.engine.k,
         k_branch=k_branch,
+        # As decoders do: what they draw is of the tokens that `k_top` leaves over.
+        k_tail=config.capture.k_tail if k_branch == config.capture.k_top else 0,
         rng=rng,
         alternatives=config.capture.asked,
         wanted=wanted,

@@ -63,7 +63,7 @@ class LearnerSpec(BaseModel):
     first: int | None = Field(None, ge=1)
     """Oracle: learn from the first so many requests alone, as nobody could do better who has seen no more."""
     k_top: int | None = Field(None, ge=1)
-    """Most likely target tokens to learn from; None: all that were captured."""
+    """Most likely target tokens to learn from, without draws of the others; None: all that was captured."""
 
     @model_validator(mode="after")
     def _only_an_oracle(self) -> LearnerSpec:
@@ -153,6 +153,8 @@ class Learner:
     def kept(self, trace: Trace) -> Trace:
         """What of a trace is captured to learn from."""
         kept = rejections_only(trace) if self.config.capture.positions == "rejected" else trace
+        if kept.tail_ids is not None and (self._k_top is not None or not self.config.capture.k_tail):
+            kept = dataclasses.replace(kept, tail_ids=None)
         if self._k_top is None:
             return kept
         top = slice(self._k_top)
@@ -240,7 +242,9 @@ class Cycle(Learner):
         kept = []
         for trace in traces:
             reserved = is_reserved(trace.request_id, share)
-            kept.append(dataclasses.replace(self.kept(trace), reserved=reserved))
+            # What is reserved is never learned from, and decoders keep no draws of it.
+            mine = self.kept(trace)
+            kept.append(dataclasses.replace(mine, reserved=True, tail_ids=None) if reserved else mine)
             # What the gate judges by is asked once: nothing learned may have seen its prompt.
             kept += [] if reserved else [self.kept(other) for other in again.get(trace.request_id, ())]
         self._table.insert(kept, [t.surprise for t in kept])

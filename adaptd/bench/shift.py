@@ -45,6 +45,7 @@ def fill(config: Config, prompts: Sequence[str], stream: Stream, source: Source,
         max_tokens=stream.max_tokens,
         k=config.engine.k,
         k_top=config.capture.k_top,
+        k_tail=config.capture.k_tail,
         max_length=config.engine.max_length,
     )
     for number in range(1, again + 1):

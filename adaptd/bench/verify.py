@@ -150,4 +150,7 @@ def rejections_only(trace: Trace) -> Trace:
     """The trace as `capture.positions: rejected` leaves it: target candidates at corrections alone."""
     at = trace.rejected_at
     plain = trace.without_branches()
-    return dataclasses.replace(plain, topk_ids=trace.topk_ids[at], topk_logprobs=trace.topk_logprobs[at])
+    tail_ids = None if trace.tail_ids is None else trace.tail_ids[at]
+    return dataclasses.replace(
+        plain, topk_ids=trace.topk_ids[at], topk_logprobs=trace.topk_logprobs[at], tail_ids=tail_ids
+    )

@@ -19,6 +19,7 @@ from adaptd.decoding.prefill import PASS, Prefill
 from adaptd.decoding.runner import ModelRunner
 from adaptd.models.cache import FULL, additive, round_up
 from buffers.trace import Branches, Trace
+from policies.tail import draw_tail
 
 #: Rarer tokens are left out: where the target is sure there is nothing to ask.
 _LEAST_PROBABILITY = 0.01
@@ -47,11 +48,16 @@ def draw_alternatives(trace: Trace, n: int, rng: np.random.Generator) -> tuple[N
 
 
 def branches_of(
-    at: NDArray[np.int32], tokens: NDArray[np.uint32], ids: NDArray[Any], logprobs: NDArray[Any]
+    at: NDArray[np.int32],
+    tokens: NDArray[np.uint32],
+    ids: NDArray[Any],
+    logprobs: NDArray[Any],
+    drawn: NDArray[Any] | None = None,
 ) -> Branches:
-    """Alternatives as branches of one token, with the target's candidates [F, K''] behind each."""
+    """Alternatives as branches of one token, with the target's candidates [F, K''] and draws [F, S'] behind each."""
     one = np.ones(len(at), np.uint8)
-    return Branches(at, one, tokens, ids.astype(np.uint32), logprobs.astype(np.float16))
+    tail_ids = None if drawn is None else drawn.astype(np.uint32)
+    return Branches(at, one, tokens, ids.astype(np.uint32), logprobs.astype(np.float16), tail_ids)
 
 
 @dataclass(slots=True)
@@ -66,6 +72,8 @@ class Asking:
     ids: list[NDArray[Any]] = field(default_factory=list)
     """The target's most likely tokens behind those that it was asked about already, [*, K''] a pass."""
     logprobs: list[NDArray[Any]] = field(default_factory=list)
+    drawn: list[NDArray[Any]] = field(default_factory=list)
+    """Draws of its other tokens, [*, S'] a pass; empty if there are none."""
 
     @property
     def done(self) -> int:
@@ -78,7 +86,8 @@ class Asking:
         if not n:
             return self.trace
         ids, logprobs = np.concatenate(self.ids), np.concatenate(self.logprobs)
-        return self.trace.beside(branches_of(self.at[:n], self.tokens[:n], ids, logprobs))
+        drawn = np.concatenate(self.drawn) if self.drawn else None
+        return self.trace.beside(branches_of(self.at[:n], self.tokens[:n], ids, logprobs, drawn))
 
 
 class AlternativesReader:
@@ -89,14 +98,15 @@ class AlternativesReader:
       prefill: knows what the slots hold, and reads what they do not.
       n: alternatives at each position.
       k_branch: candidates kept behind each.
+      k_tail: draws of the other tokens behind each; 0: none.
       rng: draws them.
     """
 
     def __init__(
-        self, target: ModelRunner, prefill: Prefill, *, n: int, k_branch: int, rng: np.random.Generator
+        self, target: ModelRunner, prefill: Prefill, *, n: int, k_branch: int, rng: np.random.Generator, k_tail: int = 0
     ) -> None:
         self._target, self._prefill = target, prefill
-        self._n, self._k_branch, self._rng = n, k_branch, rng
+        self._n, self._k_branch, self._k_tail, self._rng = n, k_branch, k_tail, rng
         # A window is a matter of places, and an alternative stands behind others in the cache.
         self._able = n > 0 and k_branch > 0 and prefill.reuses and set(target.windows) == {FULL}
 
@@ -129,6 +139,9 @@ class AlternativesReader:
             tokens, positions, {FULL: mask}, slot, length, last_only=False, columns=columns
         )
         best = logits.topk(min(self._k_branch, logits.shape[-1]), dim=-1)
+        if self._k_tail > 0 and self._k_branch < logits.shape[-1]:
+            offset = torch.from_numpy(self._rng.random(len(logits), np.float32)).to(device)
+            asking.drawn.append(draw_tail(logits, best.indices, self._k_tail, offset).numpy(force=True))
         asking.ids.append(best.indices.numpy(force=True))
         asking.logprobs.append((best.values - logits.logsumexp(-1, keepdim=True)).numpy(force=True))
         return stop == len(asking.at)

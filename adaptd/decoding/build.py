@@ -65,6 +65,7 @@ def build_engine(
         detokenize=detokenize,
         capture=CaptureConfig(
             k_top=c.k_top,
+            k_tail=c.k_tail,
             k_draft=c.k_draft,
             k_branch=c.k_branch,
             alternatives=config.capture.asked,

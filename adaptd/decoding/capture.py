@@ -20,6 +20,7 @@ from adaptd.decoding.request import DecodeRequest
 from adaptd.decoding.sampling import RowParams
 from buffers.trace import NO_TOKEN, Branches, Source, Trace, is_reserved
 from policies.surprise import PRIORITY_FLOOR, surprise_ratio
+from policies.tail import draw_tail
 
 Words = npt.NDArray[np.int32]
 
@@ -33,6 +34,8 @@ class CaptureConfig:
 
     k_top: int = 32
     """Target candidates kept a position, K."""
+    k_tail: int = 0
+    """Draws of the target's other tokens at each position kept, S, and behind each branch token where K'' is K; 0: none."""
     k_draft: int = 8
     """Draft candidates kept a correction, K'."""
     k_branch: int = 32
@@ -51,7 +54,14 @@ class CaptureConfig:
     """Name of this engine, as written into traces."""
 
     def __post_init__(self) -> None:
-        for name, least in (("k_top", 1), ("k_draft", 1), ("k_branch", 0), ("alternatives", 0), ("max_tokens", 2)):
+        for name, least in (
+            ("k_top", 1),
+            ("k_tail", 0),
+            ("k_draft", 1),
+            ("k_branch", 0),
+            ("alternatives", 0),
+            ("max_tokens", 2),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
         if self.positions not in ("all", "rejected"):
@@ -89,6 +99,9 @@ class RoundPacker:
         if config is not None:
             self.k_top, self.k_draft = min(config.k_top, vocab_size), min(config.k_draft, vocab_size)
             self.k_branch = min(config.k_branch, self.k_top) if config.positions == "all" else 0
+            self.k_tail = config.k_tail if self.k_top < vocab_size else 0
+            # Of its own: what is captured must not move what a request is answered.
+            self._offsets = torch.Generator().manual_seed(0)
         self._layouts = [self._layout(length) for length in range(k + 1)]
         self._at = self._layouts[k]
         self.width = list(self._at.values())[-1].stop
@@ -97,10 +110,11 @@ class RoundPacker:
         """Where the fields of a round of k proposals lie."""
         sizes = {"tokens": k + 1, "n_accepted": 1}
         if self.config is not None:
-            best = self.k_top * (k + 1 if self.config.positions == "all" else 1)
+            judged = k + 1 if self.config.positions == "all" else 1
+            best = self.k_top * judged
             believed = self.k_draft if k else 0
             sizes |= {"proposals": k, "target_logprob": k + 1, "draft_logprob": k}
-            sizes |= {"topk_ids": best, "topk_logprobs": best}
+            sizes |= {"topk_ids": best, "topk_logprobs": best, "tail_ids": self.k_tail * judged}
             sizes |= {"draft_topk_ids": believed, "draft_topk_logprobs": believed}
         stops = np.cumsum(list(sizes.values())).tolist()
         return {name: slice(stop - size, stop) for (name, size), stop in zip(sizes.items(), stops, strict=True)}
@@ -142,6 +156,9 @@ class RoundPacker:
             target, target_mass = target[rows, at][:, None], target_mass[rows, at][:, None]
         best = target.topk(self.k_top, dim=-1)
         judged = [best.indices.flatten(1).int(), _bits((best.values - target_mass[..., None]).flatten(1))]
+        if self.k_tail:
+            offset = torch.rand(target.shape[:-1], generator=self._offsets).to(target.device, non_blocking=True)
+            judged.append(draw_tail(target, best.indices, self.k_tail, offset).flatten(1).int())
         draft = played.draft_logits
         if draft is None:
             return [_bits(served), *judged]
@@ -198,25 +215,33 @@ class RoundPacker:
         rejected_at = np.flatnonzero(is_correction)
         rounds_kept = np.flatnonzero(corrected.any(1))[: len(rejected_at)]
         topk_ids, topk_logprobs = words[:, self._at["topk_ids"]], self._floats(words, "topk_logprobs")
+        tail_ids = words[:, self._at["tail_ids"]]
         reserved = is_reserved(request.request_id, config.reserved_share)
-        branches: Branches | None = None
+        # What is reserved is never learned from.
+        drawn, branches = self.k_tail > 0 and not reserved, None
         if config.positions == "all":
             shape = (len(words), k + 1, self.k_top)
             topk_ids, topk_logprobs = topk_ids.reshape(shape), topk_logprobs.reshape(shape)
+            tail_ids = tail_ids.reshape(len(words), k + 1, self.k_tail)
             if self.k_branch and not reserved:
                 # Behind a rejected proposal and those after it: the rows that no emitted token has used.
                 unused = (column[:k] >= n_accepted) & (column[:k] < lengths)
                 unused, best = unused[rounds_kept], np.s_[rounds_kept, 1:, : self.k_branch]
+                # Drawn from what `k_top` leaves over; fewer candidates leave over more.
+                behind = tail_ids[rounds_kept, 1:][unused] if drawn and self.k_branch == self.k_top else None
                 branches = Branches(
                     at=rejected_at.astype(np.int32),
                     lens=unused.sum(1).astype(np.uint8),
                     tokens=proposals[rounds_kept][unused].astype(np.uint32),
                     topk_ids=topk_ids[best][unused].astype(np.uint32),
                     topk_logprobs=topk_logprobs[best][unused].astype(np.float16),
+                    tail_ids=None if behind is None else behind.astype(np.uint32),
                 )
             topk_ids, topk_logprobs = topk_ids[valid][:size], topk_logprobs[valid][:size]
+            tail_ids = tail_ids[valid][:size]
         else:
             topk_ids, topk_logprobs = topk_ids[rounds_kept], topk_logprobs[rounds_kept]
+            tail_ids = tail_ids[rounds_kept]
         q_emitted = draft_logprob[valid][:size]
         q_best = self._floats(words, "draft_topk_logprobs")[rounds_kept]
         sources = source[valid][:size]
@@ -226,6 +251,7 @@ class RoundPacker:
             prompt_len=prompt_len,
             topk_ids=topk_ids.astype(np.uint32),
             topk_logprobs=topk_logprobs.astype(np.float16),
+            tail_ids=tail_ids.astype(np.uint32) if drawn else None,
             source=sources.astype(np.uint8),
             rejected=rejected[valid][:size].astype(np.int32),
             draft_logprob=_half(q_emitted),

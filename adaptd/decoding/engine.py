@@ -129,6 +129,7 @@ class SpeculativeDecoder:
             self._prefill,
             n=0 if capture is None else capture.alternatives,
             k_branch=0 if capture is None else capture.k_branch,
+            k_tail=0 if capture is None or capture.k_branch != capture.k_top else capture.k_tail,
             rng=np.random.default_rng(),
         )
         self.rounds = 0

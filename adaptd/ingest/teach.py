@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaptd.ingest.record import Record
 from adaptd.ingest.render import Rendered
 from adaptd.learning.batch import collate, draft_logits
 from buffers.trace import NO_TOKEN, Source, Trace, is_reserved
+from policies.tail import draw_tail
 from policies.warp import served_probs
 
 #: Log-probability of the fillers of a hard label: below what the tail bucket resolves.
@@ -75,13 +78,16 @@ def label(record: Record, rendered: Rendered, request_id: str, about: Provenance
 
 
 @torch.inference_mode()
-def judge(target: PreTrainedModel, labelled: Sequence[Trace]) -> list[Trace]:
+def judge(target: PreTrainedModel, labelled: Sequence[Trace], k_tail: int = 0) -> list[Trace]:
     """The same answers with what the target thinks of every position: its K most likely tokens and log p of the emitted one.
+
+    And `k_tail` draws of its other tokens, but for what is reserved.
 
     A token that the served distribution cannot have given (top-p and top-k cut it off, so somebody else's settings are
     logged) has the log-probability of the distribution before the cut.
     """
     found: dict[int, Trace] = {}
+    offsets = torch.Generator().manual_seed(0)
     for chosen in _groups(labelled, int(target.config.get_text_config().vocab_size)):
         group = [labelled[i] for i in chosen]
         batch = collate(group, max(len(t.tokens) for t in group), next(target.parameters()).device)
@@ -89,6 +95,7 @@ def judge(target: PreTrainedModel, labelled: Sequence[Trace]) -> list[Trace]:
         logprobs = logits.log_softmax(-1)
         best = logprobs.topk(group[0].topk_ids.shape[1], dim=-1)
         ids, values = best.indices.numpy(force=True), best.values.numpy(force=True)
+        drawn = _drawn(logprobs, best.indices, k_tail, offsets)
         start = 0
         for index, trace, length in zip(chosen, group, batch.lengths, strict=True):
             rows, token = slice(start, start + length), batch.token_ids[start : start + length, None]
@@ -102,9 +109,18 @@ def judge(target: PreTrainedModel, labelled: Sequence[Trace]) -> list[Trace]:
                 trace,
                 topk_ids=ids[rows].astype(np.uint32),
                 topk_logprobs=_half(values[rows]),
+                tail_ids=None if drawn is None or trace.reserved else drawn[rows],
                 target_logprob=_half(served.numpy(force=True)),
             )
     return [found[i] for i in range(len(labelled))]
+
+
+def _drawn(logprobs: Tensor, ids: Tensor, n: int, offsets: torch.Generator) -> NDArray[np.uint32] | None:
+    """Draws of each row's tail, [N, n]; None if none are wanted or nothing is left over."""
+    if n == 0 or ids.shape[-1] == logprobs.shape[-1]:
+        return None
+    offset = torch.rand(len(logprobs), generator=offsets).to(logprobs.device)
+    return draw_tail(logprobs, ids, n, offset).numpy(force=True).astype(np.uint32)
 
 
 def _groups(traces: Sequence[Trace], vocab: int) -> Iterator[list[int]]:

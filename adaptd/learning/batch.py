@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adaptd.learning.branches import BranchRows, Choice, Layout, append_branches
+from adaptd.learning.branches import BranchRows, Choice, Layout, append_branches, draws, padded
 from adaptd.models.cache import additive
 from adaptd.models.request_gate import conditioned, request_gate
 from buffers.trace import Trace
@@ -35,6 +36,8 @@ class Batch:
     """[M, K] int64, the target's most likely tokens."""
     topk_logprobs: Tensor
     """[M, K] float32 nats, descending, temperature 1."""
+    tail_ids: Tensor
+    """[M, S] int64, draws of the target's other tokens; NO_TOKEN where a trace has fewer."""
     source: Tensor
     """[M] int64, how the token at each judged position came to be: codes of `buffers.trace.Source`."""
     target_logprob: Tensor
@@ -74,6 +77,7 @@ def collate(
     width = max(len(t.tokens) - cut for t, cut in zip(traces, cuts, strict=True))
     ids = np.zeros((len(traces), width), dtype=np.int64)
     rows, columns, tokens, judged, topk, logprobs, source, served = [], [], [], [], [], [], [], []
+    drawn: list[NDArray[np.uint32] | None] = []
     lengths: list[int] = []
     for i, (trace, cut) in enumerate(zip(traces, cuts, strict=True)):
         kept = trace.tokens[cut:]
@@ -88,6 +92,7 @@ def collate(
         judged.append(trace.judged_at[known] - first + sum(lengths))
         topk.append(trace.topk_ids[known, :depth])
         logprobs.append(trace.topk_logprobs[known, :depth])
+        drawn.append(draws(trace, depth, known))
         source.append(trace.source[trace.judged_at[known]])
         served.append(trace.target_logprob[first:])
         lengths.append(len(column))
@@ -109,6 +114,7 @@ def collate(
         judged=tensor(judged, np.int64),
         topk_ids=tensor(topk, np.int64),
         topk_logprobs=tensor(logprobs, np.float32),
+        tail_ids=tensor(padded(drawn, [len(part) for part in topk]), np.int64),
         source=tensor(source, np.int64),
         target_logprob=tensor(served, np.float32),
         lengths=tuple(lengths),

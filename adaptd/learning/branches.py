@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaptd.models.cache import FULL, GROUPED_SDPA
-from buffers.trace import Trace
+from buffers.trace import NO_TOKEN, Trace
 
 #: Steps of this share of a turn visit any number of branches evenly, however many are taken (golden-ratio sequence).
 _GOLDEN = 0.6180339887498949
@@ -61,6 +61,8 @@ class BranchRows:
     """[U, K''] int64, the target's most likely tokens."""
     topk_logprobs: Tensor
     """[U, K''] float32 nats, descending, temperature 1."""
+    tail_ids: Tensor
+    """[U, S'] int64, draws of the target's other tokens; NO_TOKEN where a trace has fewer."""
 
 
 def reads_branches(model: PreTrainedModel) -> bool:
@@ -133,8 +135,36 @@ def append_branches(
             column=tensor([end + np.arange(n) for end, n in zip(ends, counts, strict=True)], np.int64),
             topk_ids=tensor([part.topk_ids[:, :depth] for part in some], np.int64),
             topk_logprobs=tensor([part.topk_logprobs[:, :depth] for part in some], np.float32),
+            tail_ids=tensor(
+                padded([draws(part, depth) for part in some], [len(part.token) for part in some]), np.int64
+            ),
         ),
     )
+
+
+class _Scored(Protocol):
+    @property
+    def topk_ids(self) -> NDArray[np.uint32]: ...
+
+    @property
+    def tail_ids(self) -> NDArray[np.uint32] | None: ...
+
+
+def draws(scored: _Scored, depth: int, kept: NDArray[np.bool_] | slice = slice(None)) -> NDArray[np.uint32] | None:
+    """The draws of these rows; None if there are none, or if `depth` leaves over more tokens than they were drawn from."""
+    if scored.tail_ids is None or scored.topk_ids.shape[1] != depth:
+        return None
+    return scored.tail_ids[kept]
+
+
+def padded(parts: Sequence[NDArray[np.uint32] | None], rows: Sequence[int]) -> list[NDArray[np.int64]]:
+    """Draws of several traces, of `rows` rows each, with NO_TOKEN where one has fewer a row than another."""
+    width = max((part.shape[1] for part in parts if part is not None), default=0)
+    found = [np.full((n, width), NO_TOKEN, np.int64) for n in rows]
+    for wide, part in zip(found, parts, strict=True):
+        if part is not None:
+            wide[:, : part.shape[1]] = part
+    return found
 
 
 class _Part(NamedTuple):
@@ -148,6 +178,7 @@ class _Part(NamedTuple):
     """Of its branch, from 1."""
     topk_ids: NDArray[np.uint32]
     topk_logprobs: NDArray[np.float16]
+    tail_ids: NDArray[np.uint32] | None = None
 
 
 _NONE = np.zeros(0, np.int64)
@@ -173,4 +204,5 @@ def _of_trace(trace: Trace, cut: int, max_tokens: int, choice: Choice) -> _Part:
         number=np.repeat(np.arange(1, len(lens) + 1), lens),
         topk_ids=kept.topk_ids,
         topk_logprobs=kept.topk_logprobs,
+        tail_ids=kept.tail_ids,
     )

@@ -20,7 +20,7 @@ from adaptd.learning.muon import Muon
 from adaptd.models.request_gate import request_gate
 from buffers.table import ReplaySample
 from buffers.trace import Source, Trace
-from policies.divergence import draft_with_tail, forward_kl, with_tail
+from policies.divergence import draft_with_draws, draft_with_tail, forward_kl, tail_cross_entropy, with_tail
 from policies.objectives import compute_objective, get_objective
 from policies.priority import Measure, Priority, is_measure, measured_priorities
 from policies.surprise import Mode, surprise_priority, surprise_ratio
@@ -64,7 +64,7 @@ class StepReport:
     """What one step did."""
 
     loss: float
-    """Mean divergence of the batch, in the objective's unit per position; NaN when skipped."""
+    """Mean divergence of the batch, in the objective's unit per position, draws of the tail left out; NaN when skipped."""
     skipped: bool
     """The loss or a gradient was not finite: nothing was changed."""
     tokens: int
@@ -133,7 +133,7 @@ class DraftLearner:
         average_decay: float = 0.985,
     ) -> None:
         draft.prove_frozen()
-        self._blocks = get_objective(objective).blocks
+        self._blocks, self._draws = get_objective(objective).blocks, get_objective(objective).draws
         at_one_position = get_objective(objective).soft and not self._blocks
         self._branch_weight = branch_weight if at_one_position and reads_branches(draft.model) else 0.0
         if self._blocks and k is None:
@@ -190,7 +190,7 @@ class DraftLearner:
         logits, aside = logits.split([len(batch.row), len(logits) - len(batch.row)])
         # Where every position was captured there is nothing to pick, and a copy of [N, V] and of its gradient to save.
         judged = logits if len(batch.judged) == len(logits) else logits[batch.judged]
-        p, q = with_tail(batch.topk_logprobs), draft_with_tail(judged, batch.topk_ids)
+        p, q, beyond = self._compared(judged, batch.topk_logprobs, batch.topk_ids, batch.tail_ids)
         divergence = compute_objective(
             self._objective,
             p=p,
@@ -205,16 +205,16 @@ class DraftLearner:
             moved = functional.kl_div(logits[rows].log_softmax(-1), reference, reduction="none", log_target=True).sum(
                 -1
             )
-            divergence = divergence.masked_scatter(kept, moved)
+            divergence, beyond = divergence.masked_scatter(kept, moved), beyond.masked_fill(kept, 0.0)
         importance = torch.from_numpy(weights).float().to(device)
         weight = importance[batch.row[batch.judged]]
         weight = weight.where(batch.source != Source.CORRECTION, self._rejection_weight * weight)
-        summed, mass = (divergence * weight).sum(), weight.sum()
+        summed, tail, mass = (divergence * weight).sum(), (beyond * weight).sum(), weight.sum()
         if batch.branches is not None:
-            beside, more = self._branch_loss(aside, batch.branches, importance)
-            summed, mass = summed + beside, mass + more
-        loss = summed / mass
-        applied = bool(torch.isfinite(loss)) and self._apply(loss)
+            beside, more, added = self._branch_loss(aside, batch.branches, importance)
+            summed, tail, mass = summed + beside, tail + more, mass + added
+        loss, tail = summed / mass, tail / mass
+        applied = bool(torch.isfinite(loss + tail)) and self._apply(loss + tail)
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if not applied:
             priorities = {}
@@ -236,12 +236,23 @@ class DraftLearner:
         follows = self._reference is not None
         return [s.trace.without_branches() if follows and s.info.stratum == "anchors" else s.trace for s in samples]
 
-    def _branch_loss(self, logits: Tensor, branches: BranchRows, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the divergence over the branches' positions, `logits` [U, V], and of their weights; `weights` [B]."""
-        p, q = with_tail(branches.topk_logprobs), draft_with_tail(logits, branches.topk_ids)
+    def _compared(
+        self, logits: Tensor, topk_logprobs: Tensor, topk_ids: Tensor, tail_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Target and draft with tail, [N, K+1] each, and what the objective has within the tail, [N] (0 without draws)."""
+        p = with_tail(topk_logprobs)
+        if not self._draws or not tail_ids.shape[1]:
+            return p, draft_with_tail(logits, topk_ids), p.new_zeros(len(p))
+        known = tail_ids >= 0
+        q, within = draft_with_draws(logits, topk_ids, tail_ids.clamp(min=0))
+        return p, q, tail_cross_entropy(p, within, known)
+
+    def _branch_loss(self, logits: Tensor, branches: BranchRows, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over the branches' positions, `logits` [U, V], of divergence, of its tail, and of weights; `weights` [B]."""
+        p, q, beyond = self._compared(logits, branches.topk_logprobs, branches.topk_ids, branches.tail_ids)
         divergence = compute_objective(self._objective, p=p, q=q, draft_logits=None, token_ids=None)
         weight = self._branch_weight * weights[branches.row]
-        return (divergence * weight).sum(), weight.sum()
+        return (divergence * weight).sum(), (beyond * weight).sum(), weight.sum()
 
     @torch.no_grad()
     def _reference_logprobs(self, anchors: Sequence[Trace], device: torch.device) -> Tensor:

@@ -56,7 +56,7 @@ class Lessons:
     def __init__(self, config: Config, models: ReplayModels, options: TeachingOptions, spool: Spool) -> None:
         self._models, self._options, self._spool = models, options, spool
         self._renderer = models.renderer()
-        self._about = models.provenance(config, options.temperature)
+        self._about, self._k_tail = models.provenance(config, options.temperature), config.capture.k_tail
         self._regenerator = models.regenerator(config, options.temperature, options.max_tokens)
 
     def prepare(self, queued: Sequence[Queued]) -> list[Lesson]:
@@ -83,7 +83,9 @@ class Lessons:
     def _judge(self, labelled: dict[int, Trace], found: dict[int, Trace]) -> None:
         if not labelled or self._models.target is None:
             return
-        for index, trace in zip(labelled, judge(self._models.target, list(labelled.values())), strict=True):
+        for index, trace in zip(
+            labelled, judge(self._models.target, list(labelled.values()), self._k_tail), strict=True
+        ):
             found[index] = trace
             logprob = trace.target_logprob.astype(np.float64)
             self._spool.tally("judged positions", "all", len(logprob))

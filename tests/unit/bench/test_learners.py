@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,22 @@ def test_a_fall_of_acceptance_makes_a_tick_due_as_in_the_daemon(monkeypatch: pyt
         learner.observe(bad)
     assert reasons[:1] == ["drift"]
     assert begun[:1] == [0], "the mixture begins again before the tick"
+
+
+def test_draws_are_kept_where_they_are_captured_and_not_beside_fewer_candidates() -> None:
+    trace = synthetic_trace(np.random.default_rng(0), n_response=20, vocabulary=500, n_tail=8)
+
+    def kept(**spec: Any) -> Trace:
+        return build(LearnerSpec(name="mine", kind="online", **spec), load(None), 0).kept(trace)
+
+    assert kept().tail_ids is trace.tail_ids
+    assert kept(settings={"capture": {"k_tail": 0}}).tail_ids is None
+    assert kept(k_top=4).tail_ids is None
+    rejected = kept(settings={"capture": {"positions": "rejected"}})
+    rejected.validate()
+    assert rejected.tail_ids is not None
+    assert trace.tail_ids is not None
+    assert rejected.tail_ids.tolist() == trace.tail_ids[trace.rejected_at].tolist()
 
 
 def test_by_default_everything_is_kept() -> None:

@@ -186,6 +186,19 @@ def test_alternatives_are_scored_as_an_idle_decoder_scores_them(
         np.testing.assert_allclose(idle.topk_logprobs, found.topk_logprobs[first:], atol=0.02)
 
 
+def test_draws_behind_branches_are_of_what_the_candidates_leave_over(decode: Decode, target: PreTrainedModel) -> None:
+    answers = [f.trace.without_branches() for f in decode(tiny(7), 4, temperature=1.0) if f.trace]
+    _, traces = verify(
+        tiny(7), answers, K, np.random.default_rng(0), version=5, scorer=scorer(target, k_tail=5, alternatives=2)
+    )
+    for trace in traces:
+        trace.validate()
+        assert trace.branches is not None
+        assert trace.branches.tail_ids is not None
+        assert trace.branches.tail_ids.shape == (len(trace.branches.tokens), 5)
+        assert not (trace.branches.tail_ids[:, :, None] == trace.branches.topk_ids[:, None]).any()
+
+
 def test_only_the_traces_that_are_wanted_get_branches(decode: Decode, target: PreTrainedModel) -> None:
     answers = [f.trace.without_branches() for f in decode(tiny(7), 4, temperature=1.0) if f.trace]
     chosen = scorer(target, wanted=lambda trace: trace.request_id in ("r1", "r2"))

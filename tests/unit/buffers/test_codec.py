@@ -1,5 +1,6 @@
 """Encoding keeps every bit; decoding names what is wrong and raises nothing else."""
 
+import dataclasses
 import json
 import math
 import zlib
@@ -128,9 +129,18 @@ def test_a_trace_from_before_branches_is_read() -> None:
     trace = synthetic_trace(np.random.default_rng(0))
     payload = encode(trace)
     # The same number of digits: lengths in the header stay as they are.
-    written = payload.replace(b'\\"schema\\": 3', b'\\"schema\\": 1')
+    written = payload.replace(b'\\"schema\\": 4', b'\\"schema\\": 1')
     assert written != payload
     assert_same(decode(written), trace)
+
+
+def test_draws_come_back() -> None:
+    trace = synthetic_trace(np.random.default_rng(0), n_branch=3, n_tail=5)
+    assert_same(decode(encode(trace)), trace)
+    assert trace.tail_ids is not None
+    without = dataclasses.replace(trace, tail_ids=trace.tail_ids[1:])
+    with pytest.raises(ValueError, match="tail_ids has shape"):
+        encode(without)
 
 
 def test_branches_from_before_they_said_where_they_begin_are_read() -> None:
@@ -150,7 +160,7 @@ def test_another_schema_version_is_named() -> None:
     about = json.dumps({"schema": SCHEMA_VERSION + 1})
     other = save({"tokens": np.zeros(3, np.uint32)}, {"adaptd_trace": about})
     with pytest.raises(
-        SchemaMismatch, match=rf"schema {SCHEMA_VERSION + 1}, this version reads \(1, 2, {SCHEMA_VERSION}\)"
+        SchemaMismatch, match=rf"schema {SCHEMA_VERSION + 1}, this version reads \(1, 2, 3, {SCHEMA_VERSION}\)"
     ):
         decode(other)
 

@@ -87,12 +87,12 @@ def test_truncation_inside_the_prompt_keeps_the_whole_response() -> None:
 
 
 def test_truncation_inside_the_response_keeps_every_row_with_its_own_token() -> None:
-    whole = trace(features=np.arange(20, dtype=np.uint16).reshape(10, 2))
+    whole = trace(features=np.arange(20, dtype=np.uint16).reshape(10, 2), n_tail=3)
     short = whole.truncate_left(4)  # tokens 6..9: one of context, response positions 3..5 remain
     short.validate()
     assert (short.prompt_len, short.response_len) == (1, 3)
     assert short.tokens.tolist() == whole.tokens[6:].tolist()
-    for name in ("topk_ids", "topk_logprobs", "source", "rejected", "target_logprob", "draft_logprob"):
+    for name in ("topk_ids", "topk_logprobs", "tail_ids", "source", "rejected", "target_logprob", "draft_logprob"):
         assert getattr(short, name).tolist() == getattr(whole, name)[3:].tolist(), name
     kept = [i for i, at in enumerate(whole.rejected_at.tolist()) if at >= 3]
     assert short.rejected_at.tolist() == [whole.rejected_at[i] - 3 for i in kept]
@@ -102,7 +102,7 @@ def test_truncation_inside_the_response_keeps_every_row_with_its_own_token() -> 
 
 
 def test_a_cut_takes_the_branches_of_the_corrections_that_it_takes() -> None:
-    whole = synthetic_trace(np.random.default_rng(0), n_prompt=4, n_response=30, n_branch=3)
+    whole = synthetic_trace(np.random.default_rng(0), n_prompt=4, n_response=30, n_branch=3, n_tail=4)
     at = whole.rejected_at
     assert whole.branches is not None
     assert 1 < (at >= 15).sum() < len(at) - 1, "of both kinds"
@@ -111,7 +111,7 @@ def test_a_cut_takes_the_branches_of_the_corrections_that_it_takes() -> None:
     assert short.branches is not None
     behind = np.repeat(at >= 15, whole.branches.lens)
     assert short.branches.lens.tolist() == whole.branches.lens[at >= 15].tolist()
-    for name in ("tokens", "topk_ids", "topk_logprobs"):
+    for name in ("tokens", "topk_ids", "topk_logprobs", "tail_ids"):
         assert getattr(short.branches, name).tolist() == getattr(whole.branches, name)[behind].tolist(), name
 
 
@@ -139,6 +139,23 @@ def test_further_branches_stand_behind_those_that_are_there_and_are_cut_like_the
     assert short.branches is not None
     assert short.branches.tokens.tolist() == [7]
     assert short.response[short.branches.at[0]] == plain.response[40]
+
+
+def test_draws_behind_branches_are_kept_together_only_if_they_left_over_the_same_tokens() -> None:
+    first, second, fewer = (
+        synthetic_trace(np.random.default_rng(top), n_branch=2, n_branch_top=top // 10, n_tail=3).branches
+        for top in (80, 81, 60)
+    )
+    assert first is not None
+    assert second is not None
+    assert fewer is not None
+    joined = first.plus(second).tail_ids
+    assert joined is not None
+    assert first.tail_ids is not None
+    assert second.tail_ids is not None
+    assert joined.tolist() == first.tail_ids.tolist() + second.tail_ids.tolist()
+    assert first.plus(fewer).tail_ids is None, "drawn from what 8 left over, and 6 are kept"
+    assert first.plus(replace(second, tail_ids=None)).tail_ids is None
 
 
 def test_branches_that_contradict_themselves_are_named() -> None:

@@ -19,9 +19,8 @@ VOCAB, K, KEPT = 97, 3, 6
 
 
 def engine_for(target: torch.nn.Module, *, alternatives: int = 2, **extra: Any) -> SpeculativeDecoder:
-    capture = CaptureConfig(
-        k_top=12, k_draft=2, k_branch=KEPT, alternatives=alternatives, reserved_share=0.0, **extra.pop("capture", {})
-    )
+    kept: dict[str, Any] = {"k_top": 12, "k_draft": 2, "k_branch": KEPT, "reserved_share": 0.0}
+    capture = CaptureConfig(alternatives=alternatives, **(kept | extra.pop("capture", {})))
     settings: dict[str, Any] = {"k": K, "max_batch": 4, "max_length": 80}
     return SpeculativeDecoder(target, make_draft(target, noise=0.02), capture=capture, **(settings | extra))
 
@@ -130,6 +129,20 @@ def test_requests_in_between_change_neither_their_tokens_nor_what_is_asked() -> 
     while asking.done < len(asking.at):
         engine.ask(asking)
     assert_true(target, asking.answered(), trace)
+
+
+def test_alternatives_have_draws_as_answers_have() -> None:
+    target = make_model(vocab=VOCAB)
+    engine = engine_for(target, capture={"k_tail": 3, "k_branch": 12})
+    (trace,) = served(engine, make_prompts(1, VOCAB, shortest=20, longest=30))
+    whole = asked(engine, trace)
+    whole.validate()
+    assert whole.branches is not None
+    assert trace.branches is not None
+    assert len(whole.branches.tokens) > len(trace.branches.tokens)
+    assert whole.branches.tail_ids is not None
+    assert whole.branches.tail_ids.shape == (len(whole.branches.tokens), 3)
+    assert not (whole.branches.tail_ids[:, :, None] == whole.branches.topk_ids[:, None]).any()
 
 
 def test_what_was_asked_so_far_is_kept() -> None:

@@ -180,6 +180,70 @@ def test_nothing_is_kept_behind_rejections_where_nobody_would_learn_from_it(with
     trace.validate()
 
 
+@pytest.mark.parametrize("positions", ["all", "rejected"])
+def test_draws_are_of_the_tokens_that_the_candidates_leave_over(positions: str) -> None:
+    target = make_model(vocab=VOCAB)
+    capture = CaptureConfig(k_top=5, k_tail=4, k_branch=5, positions=positions, reserved_share=0.4)  # type: ignore[arg-type]
+    engine = SpeculativeDecoder(
+        target, make_draft(target, noise=0.06), k=3, max_batch=4, max_length=120, capture=capture
+    )
+    requests = [DecodeRequest(f"r{i}", p, MIXED[i % len(MIXED)]) for i, p in enumerate(make_prompts(24, VOCAB))]
+    traces = [f.trace for f in serve(engine, requests).values() if f.trace is not None]
+    drawn, counts, expected = 0, np.zeros(VOCAB), np.zeros(VOCAB)
+    for trace in traces:
+        trace.validate()
+        if trace.reserved:
+            assert trace.tail_ids is None, "never learned from"
+            continue
+        assert trace.tail_ids is not None
+        assert trace.tail_ids.shape == (len(trace.topk_ids), 4)
+        assert not (trace.tail_ids[:, :, None] == trace.topk_ids[:, None]).any()
+        p = forced(target, trace).softmax(-1).numpy()[trace.judged_at]
+        np.put_along_axis(p, trace.topk_ids.astype(np.int64), 0.0, 1)
+        expected += (4 * p / p.sum(1, keepdims=True)).sum(0)
+        counts += np.bincount(trace.tail_ids.flatten(), minlength=VOCAB)
+        drawn += trace.tail_ids.size
+        if positions == "all":
+            assert trace.branches is not None
+            assert trace.branches.tail_ids is not None
+            assert trace.branches.tail_ids.shape == (len(trace.branches.tokens), 4)
+            assert not (trace.branches.tail_ids[:, :, None] == trace.branches.topk_ids[:, None]).any()
+    assert {t.reserved for t in traces} == {True, False}
+    assert drawn > 200
+    # Of each token as many as its share of the tails, to three times the error of as many independent draws.
+    assert (np.abs(counts - expected) < 3.5 * np.sqrt(expected) + 1).all()
+
+
+def test_fewer_candidates_behind_rejections_have_no_draws() -> None:
+    target = make_model(vocab=VOCAB)
+    capture = CaptureConfig(k_top=5, k_tail=4, k_branch=3, reserved_share=0.0)
+    engine = SpeculativeDecoder(
+        target, make_draft(target, noise=0.06), k=3, max_batch=1, max_length=120, capture=capture
+    )
+    trace = serve(engine, [DecodeRequest("r", make_prompts(1, VOCAB)[0], MIXED[0])])["r"].trace
+    assert trace is not None
+    assert trace.tail_ids is not None
+    assert trace.branches is not None
+    assert trace.branches.tail_ids is None, "what 5 leave over is not what 3 leave over"
+
+
+def test_draws_move_no_answer() -> None:
+    target = make_model(vocab=VOCAB)
+    found = []
+    for k_tail in (0, 4):
+        engine = SpeculativeDecoder(
+            target,
+            make_draft(target, noise=0.06),
+            k=3,
+            max_batch=4,
+            max_length=120,
+            capture=CaptureConfig(k_top=5, k_tail=k_tail),
+        )
+        requests = [DecodeRequest(f"r{i}", p, MIXED[i % len(MIXED)]) for i, p in enumerate(make_prompts(8, VOCAB))]
+        found.append({name: f.token_ids for name, f in serve(engine, requests).items()})
+    assert found[0] == found[1]
+
+
 def test_capturing_rejections_only_keeps_just_those_rows_of_the_full_capture() -> None:
     _, _, full = decoded("all")
     _, _, few = decoded("rejected")

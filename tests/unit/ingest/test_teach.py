@@ -41,6 +41,19 @@ def test_the_target_judges_a_recorded_answer_as_it_did_when_it_served_it(
             assert ours.temperature == temperature
 
 
+def test_a_recorded_answer_has_draws_as_one_that_was_served(decode: Decode, target: torch.nn.Module) -> None:
+    served = [f.trace for f in decode(tiny(7), 4, temperature=1.0) if f.trace]
+    labelled = [logged(t) for t in served]
+    labelled[0] = dataclasses.replace(labelled[0], reserved=True)
+    kept, *others = judge(target, labelled, 6)  # type: ignore[arg-type]
+    assert kept.tail_ids is None
+    for trace in others:
+        trace.validate()
+        assert trace.tail_ids is not None
+        assert trace.tail_ids.shape == (trace.response_len, 6)
+        assert not (trace.tail_ids[:, :, None] == trace.topk_ids[:, None]).any()
+
+
 def test_a_token_that_the_logged_settings_rule_out_keeps_a_finite_probability(
     decode: Decode, target: torch.nn.Module
 ) -> None:

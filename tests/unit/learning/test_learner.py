@@ -1,7 +1,9 @@
 """The optimiser: it learns, it leaves everything else alone, it survives bad numbers and restarts."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from adaptd.bench.verify import rejections_only
 from adaptd.config import LearnConfig
 from adaptd.decoding.request import Finished
+from adaptd.learning.batch import collate, draft_logits
 from adaptd.learning.evaluate import profiles
 from adaptd.learning.learner import DraftLearner, StepReport
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
@@ -20,7 +23,7 @@ from policies.acceptance import mal
 from policies.divergence import draft_with_tail, kl_tv, with_tail
 from policies.objectives import OBJECTIVES
 from policies.surprise import PRIORITY_FLOOR
-from tests.unit.learning.conftest import tiny
+from tests.unit.learning.conftest import VOCAB, tiny
 
 K = 3
 Decode = Callable[..., list[Finished]]
@@ -152,6 +155,62 @@ def behind(draft: AdaptedDraft, samples: list[ReplaySample]) -> float:
             q = draft_with_tail(logits, torch.from_numpy(trace.branches.topk_ids[rows].astype(np.int64)))
             found += kl_tv(p, q).tolist()
     return float(np.mean(found))
+
+
+def with_draws(samples: list[ReplaySample], n: int) -> list[ReplaySample]:
+    """With draws beside every distribution, of the tokens that a batch's depth leaves over."""
+    rng = np.random.default_rng(0)
+
+    def beside(topk_ids: Any) -> Any:
+        left = [np.setdiff1d(np.arange(VOCAB), row) for row in topk_ids]
+        return np.array([rng.choice(row, n) for row in left], np.uint32).reshape(len(topk_ids), n)
+
+    found = []
+    for sample in samples:
+        trace, branches = sample.trace, sample.trace.branches
+        assert branches is not None
+        branches = replace(branches, tail_ids=beside(branches.topk_ids))
+        found.append(sample._replace(trace=replace(trace, tail_ids=beside(trace.topk_ids), branches=branches)))
+    return found
+
+
+def test_draws_move_the_weights_and_not_the_loss_that_is_told(decode: Decode) -> None:
+    samples = samples_of(decode(adapted().model, 6, temperature=1.0))
+    drawn = with_draws(samples, 4)
+
+    def step(chosen: list[ReplaySample], objective: str, **options: Any) -> tuple[float, torch.Tensor]:
+        learner = DraftLearner(adapted(), objective=objective, lr=1e-3, **options)
+        told = learner.step(chosen).loss
+        return told, torch.cat([t.flatten() for t in learner.draft.state().values()])
+
+    for objective in ("forward_kl", "kl_tv", "entropy_adaptive"):
+        (told, weights), (plain, others) = step(drawn, objective), step(samples, objective)
+        assert told == pytest.approx(plain, rel=1e-6)
+        assert not torch.equal(weights, others), objective
+    # Where they say nothing about the objective they are not read.
+    told, weights = step(drawn, "jsd")
+    plain, others = step(samples, "jsd")
+    assert told == plain
+    assert torch.equal(weights, others)
+    # A trace without draws, from a server that gives none, learns beside one that has them.
+    assert math.isfinite(step([*drawn[:3], *samples[3:]], "kl_tv")[0])
+
+
+def test_draws_are_the_gradient_of_the_tails_cross_entropy(decode: Decode) -> None:
+    """Against every token of the tail weighed by hand: draws of each token once, where the target's tail is even."""
+    sample = samples_of(decode(adapted().model, 1, temperature=1.0))[0]
+    trace = replace(sample.trace, branches=None)
+    left = np.array([np.setdiff1d(np.arange(VOCAB), row) for row in trace.topk_ids], np.uint32)
+    learner = DraftLearner(adapted(), objective="forward_kl", lr=0.0)
+    batch = collate([replace(trace, tail_ids=left)], 384)
+    logits = draft_logits(learner.draft.model, batch).detach().requires_grad_()
+    _, _, beyond = learner._compared(logits, batch.topk_logprobs, batch.topk_ids, batch.tail_ids)
+    logq = logits.log_softmax(-1)
+    rest = torch.ones_like(logq).scatter(1, batch.topk_ids, 0.0)
+    mass = (logq.exp() * rest).sum(-1, keepdim=True)
+    tail = with_tail(batch.topk_logprobs)[:, -1].exp()
+    expected = tail * -((logq - mass.log()) * rest).sum(-1) / rest.sum(-1)
+    torch.testing.assert_close(beyond, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_anchors_that_follow_a_version_follow_nothing_beside_their_answers(decode: Decode) -> None:
