@@ -3,40 +3,54 @@
 A round multiplies a handful of rows with every weight of the target, so it costs what reading the weights costs, if the
 kernel reads them well. `torch.nn.functional.linear` takes the weight as it is stored: in float32 a library routine that
 slows down by half or more between one row and five, in bfloat16 a kernel that brings the weight into its own layout at
-each call. oneDNN's layout, made once, is read two to three times as fast, and five rows cost what one costs. Siblings
-that read the same input (queries, keys and values; the two projections of a gated feed-forward) become one product.
+each call. oneDNN's layout, made once, is read two to three times as fast, and five rows cost what one costs. Not on every
+processor, and not for every number of rows: of a large model both are timed on some of its weights, and the faster one is
+taken. Siblings that read the same input (queries, keys and values; the two projections of a gated feed-forward) become
+one product in either.
 
 Only for weights that never change: a draft is swapped in place, and a copy in another layout would not follow.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from adaptd.models.layers import sibling_groups
 
 #: Layers with fewer weights gain less than the call costs.
 _LEAST = 1 << 16
+#: Bytes of weights on which layouts are timed: more than a processor's own caches hold, or all would look alike. A model
+#: that has fewer is packed for oneDNN.
+_TIMED_BYTES = 1 << 26
+#: The stored layout is taken where it needs no more than this share of the other's time: a difference that noise does not make.
+_SURELY = 0.9
+
+#: How weights lie: as oneDNN reads them, or as they are stored.
+Layout = Literal["onednn", "stored"]
 
 
 class Packed:
-    """One weight, or several with the same input stacked, in oneDNN's layout.
+    """One weight, or several with the same input stacked.
 
     Args:
       layers: frozen, on the CPU; all with a bias or none.
       rows: input rows the layout is chosen for; others are computed as exactly.
+      layout: of the stacked weight.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], rows: int, layout: Layout = "onednn") -> None:
         stacked = torch.cat([layer.weight.detach() for layer in layers])
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.layout = layout
         self._bias = torch.cat(biases) if biases else None
-        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(stacked, rows)
-        self._kernel: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+        self._weight = _reordered(stacked, rows) if layout == "onednn" else stacked
+        self._kernel = _packed_product if layout == "onednn" else linear
         self._last: tuple[Tensor, Tensor] | None = None
 
     def product(self, x: Tensor, *, first: bool, last: bool) -> Tensor:
@@ -44,14 +58,14 @@ class Packed:
         if not first and self._last is not None and self._last[0] is x:
             found = self._last[1]
         else:
-            found = self._kernel(x, self._weight, self._bias, "none", [], "")
+            found = self._kernel(x, self._weight, self._bias)
         # Kept from the first layer on only: a tensor that was written to since then would be the same tensor.
         self._last = (x, found) if first and not last else None if last else self._last
         return found
 
     def dense(self) -> Tensor:
-        """[out of all layers, in], unpacked at each call."""
-        return self._weight.to_dense()
+        """[out of all layers, in]; oneDNN's is unpacked at each call."""
+        return self._weight.to_dense() if self.layout == "onednn" else self._weight
 
 
 class PackedLinear(nn.Module):
@@ -73,7 +87,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[out, in], unpacked at each call."""
+        """[out, in]; oneDNN's is unpacked at each call."""
         return self.packed.dense()[self._rows]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -97,6 +111,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 def pack_linears(model: nn.Module, *, rows: int) -> int:
     """Replaces the large linear layers of a frozen model, in place; their weights are freed where nothing else has them.
 
+    All have one layout (`fastest_layout`).
+
     Nothing happens on another device than the CPU, or where `can_pack` says no. The model is then for inference by one
     thread at a time.
 
@@ -104,18 +120,64 @@ def pack_linears(model: nn.Module, *, rows: int) -> int:
       rows: of the input that is to be fast, for example k + 1 at batch 1.
     Returns: layers replaced.
     """
-    found = 0
+    chosen: list[tuple[nn.Module, tuple[str, ...], list[nn.Linear]]] = []
     for parent in list(model.modules()):
         children = {name: layer for name, layer in parent.named_children() if type(layer) is nn.Linear and _fits(layer)}
         for names in _groups(children):
             layers = [children[name] for name in names]
             if sum(layer.weight.numel() for layer in layers) < _LEAST:
                 continue
-            packed, start = Packed(layers, rows), 0
-            for name, layer in zip(names, layers, strict=True):
-                setattr(parent, name, PackedLinear(layer, packed, start, last=name == names[-1]))
-                start += layer.out_features
-                found += 1
+            chosen.append((parent, names, layers))
+    layout = fastest_layout([layers for _, _, layers in chosen], rows)
+    found = 0
+    while chosen:  # emptied, so that what has been replaced is freed on the way
+        parent, names, layers = chosen.pop()
+        packed, start = Packed(layers, rows, layout), 0
+        for name, layer in zip(names, layers, strict=True):
+            setattr(parent, name, PackedLinear(layer, packed, start, last=name == names[-1]))
+            start += layer.out_features
+            found += 1
+    return found
+
+
+@torch.inference_mode()
+def fastest_layout(groups: Sequence[Sequence[nn.Linear]], rows: int) -> Layout:
+    """The layout in which the first of these layers, each group as one product, take less time on `rows` rows of input.
+
+    With the threads that are set; takes some tens of milliseconds. "onednn" without timing for a small model.
+    """
+    weights: list[Tensor] = []
+    for group in groups:
+        weights.append(torch.cat([layer.weight.detach() for layer in group]))
+        if sum(w.numel() * w.element_size() for w in weights) >= _TIMED_BYTES:
+            break
+    else:
+        return "onednn"
+    inputs = {w.shape[1]: torch.ones(rows, w.shape[1], dtype=w.dtype) for w in weights}
+    packed = [_reordered(w, rows) for w in weights]
+
+    def seconds(product: Callable[..., Tensor], layout: Sequence[Tensor]) -> float:
+        started = time.perf_counter()
+        for weight, form in zip(weights, layout, strict=True):
+            product(inputs[weight.shape[1]], form, None)
+        return time.perf_counter() - started
+
+    stored_s, packed_s = [], []
+    for _ in range(4):  # in turns, so that what else runs here slows both; the first ones pay for what is set up once
+        stored_s.append(seconds(linear, weights))
+        packed_s.append(seconds(_packed_product, packed))
+    return "stored" if min(stored_s[1:]) < _SURELY * min(packed_s[1:]) else "onednn"
+
+
+def _reordered(weight: Tensor, rows: int) -> Tensor:
+    """[out, in] in oneDNN's layout, chosen for `rows` rows of input."""
+    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return found
+
+
+def _packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` for a weight in oneDNN's layout."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return found
 
 

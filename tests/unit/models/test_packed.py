@@ -1,6 +1,8 @@
 """Packed layers compute what the layers they replace compute."""
 
 import copy
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from torch import nn
 
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.request import DecodeRequest, SamplingParams
+from adaptd.models import packed as packed_module
 from adaptd.models.load import weights_id
-from adaptd.models.packed import Packed, PackedLinear, can_pack, pack_linears
+from adaptd.models.packed import Layout, Packed, PackedLinear, can_pack, fastest_layout, pack_linears
 from tests.unit.decoding.tiny import greedy_reference, make_draft, make_model, make_prompts, serve
 
 needs_kernels = pytest.mark.skipif(not can_pack(torch.float32), reason="a torch build without oneDNN")
@@ -17,12 +20,13 @@ BOTH = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not
 
 
 @needs_kernels
+@pytest.mark.parametrize("layout", get_args(Layout))
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("bias", [False, True])
-def test_any_rows_any_strides(dtype: torch.dtype, bias: bool) -> None:
+def test_any_rows_any_strides(dtype: torch.dtype, bias: bool, layout: Layout) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(384, 200, bias=bias).to(dtype).requires_grad_(False)
-    packed = PackedLinear(layer, Packed([layer], 5), 0, last=True)
+    packed = PackedLinear(layer, Packed([layer], 5, layout), 0, last=True)
     assert torch.equal(packed.weight, layer.weight)
     inputs = [torch.randn(*shape, 384).to(dtype) for shape in ((1, 1), (3, 5), (7,), (2, 90))]
     inputs += [torch.randn(384, 6).to(dtype).T, torch.randn(4, 9, 384).to(dtype)[:, 2:5]]
@@ -45,6 +49,41 @@ def test_greedy_output_of_a_packed_target_is_transformers_own() -> None:
     requests = [DecodeRequest(str(i), p, SamplingParams(temperature=0.0, max_tokens=14)) for i, p in enumerate(prompts)]
     done = serve(engine, requests)
     assert [list(done[str(i)].token_ids) for i in range(12)] == answers
+
+
+@needs_kernels
+@pytest.mark.parametrize(("stored_s", "packed_s", "expected"), [(1.0, 2.0, "stored"), (1.0, 1.05, "onednn")])
+def test_of_a_large_model_the_faster_layout_is_taken_and_a_small_one_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, stored_s: float, packed_s: float, expected: Layout
+) -> None:
+    """On a clock that the products move."""
+    clock = [0.0]
+
+    def costing(seconds: float, product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def found(*args: Any) -> torch.Tensor:
+            clock[0] += seconds
+            return product(*args)
+
+        return found
+
+    monkeypatch.setattr(packed_module, "linear", costing(stored_s, packed_module.linear))
+    monkeypatch.setattr(packed_module, "_packed_product", costing(packed_s, packed_module._packed_product))
+    monkeypatch.setattr(packed_module.time, "perf_counter", lambda: clock[0])
+    layers = [nn.Linear(300, 400, bias=False).requires_grad_(False) for _ in range(3)]
+    model = nn.Sequential(*layers)
+    x = torch.randn(5, 300)
+    assert fastest_layout([layers], 5) == "onednn"
+    assert clock == [0.0]
+    monkeypatch.setattr(packed_module, "_TIMED_BYTES", 2 * 300 * 400 * 4)
+    groups = [[layer] for layer in layers]
+    assert fastest_layout(groups, 5) == expected
+    assert clock[0] == pytest.approx(4 * 2 * (stored_s + packed_s)), "two of three layers, four times each"
+    assert pack_linears(model, rows=5) == 3
+    for layer, replaced in zip(layers, model, strict=True):
+        assert isinstance(replaced, PackedLinear)
+        assert replaced.packed.layout == expected
+        assert torch.equal(replaced.weight, layer.weight)
+        torch.testing.assert_close(replaced(x), layer(x), atol=1e-5, rtol=1e-5)
 
 
 @needs_kernels
