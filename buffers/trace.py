@@ -146,9 +146,7 @@ class Trace:
     top_k: int = 0  # 0 is off
     surprise: float = 1.0  # SurpriseRatio seed of the priority, in (0, 1]
     shift: float = math.nan  # representation shift against the anchors
-    tail_ids: NDArray[np.uint32] | None = (
-        None  # [R, S] (or [C, S]) drawn from the target's other tokens (`policies.tail`)
-    )
+    tail_ids: NDArray[np.uint32] | None = None  # [R, S] (or [C, S]) drawn from the other tokens (`policies.tail`)
     branches: Branches | None = None  # where they were captured
     features: NDArray[np.uint16] | NDArray[np.int8] | None = None  # [T, H] target hidden states; uint16 = bfloat16 bits
 

@@ -100,8 +100,8 @@ class RoundPacker:
             self.k_top, self.k_draft = min(config.k_top, vocab_size), min(config.k_draft, vocab_size)
             self.k_branch = min(config.k_branch, self.k_top) if config.positions == "all" else 0
             self.k_tail = config.k_tail if self.k_top < vocab_size else 0
-            # Of its own: what is captured must not move what a request is answered.
-            self._offsets = torch.Generator().manual_seed(0)
+            # Of its own, where logits are: what is captured must not move what a request is answered.
+            self._offsets: torch.Generator | None = None
         self._layouts = [self._layout(length) for length in range(k + 1)]
         self._at = self._layouts[k]
         self.width = list(self._at.values())[-1].stop
@@ -157,7 +157,9 @@ class RoundPacker:
         best = target.topk(self.k_top, dim=-1)
         judged = [best.indices.flatten(1).int(), _bits((best.values - target_mass[..., None]).flatten(1))]
         if self.k_tail:
-            offset = torch.rand(target.shape[:-1], generator=self._offsets).to(target.device, non_blocking=True)
+            if self._offsets is None:
+                self._offsets = torch.Generator(target.device).manual_seed(0)
+            offset = torch.rand(target.shape[:-1], generator=self._offsets, device=target.device)
             judged.append(draw_tail(target, best.indices, self.k_tail, offset).flatten(1).int())
         draft = played.draft_logits
         if draft is None:

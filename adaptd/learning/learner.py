@@ -243,8 +243,10 @@ class DraftLearner:
         p = with_tail(topk_logprobs)
         if not self._draws or not tail_ids.shape[1]:
             return p, draft_with_tail(logits, topk_ids), p.new_zeros(len(p))
-        known = tail_ids >= 0
-        q, within = draft_with_draws(logits, topk_ids, tail_ids.clamp(min=0))
+        # A target's vocabulary may be padded to more tokens than the draft has.
+        size = logits.shape[-1]
+        known = (tail_ids >= 0) & (tail_ids < size)
+        q, within = draft_with_draws(logits, topk_ids, tail_ids.clamp(0, size - 1))
         return p, q, tail_cross_entropy(p, within, known)
 
     def _branch_loss(self, logits: Tensor, branches: BranchRows, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

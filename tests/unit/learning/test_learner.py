@@ -174,6 +174,10 @@ def with_draws(samples: list[ReplaySample], n: int) -> list[ReplaySample]:
     return found
 
 
+def replace_draws(sample: ReplaySample, tail_ids: Any) -> ReplaySample:
+    return sample._replace(trace=replace(sample.trace, tail_ids=tail_ids))
+
+
 def test_draws_move_the_weights_and_not_the_loss_that_is_told(decode: Decode) -> None:
     samples = samples_of(decode(adapted().model, 6, temperature=1.0))
     drawn = with_draws(samples, 4)
@@ -194,6 +198,12 @@ def test_draws_move_the_weights_and_not_the_loss_that_is_told(decode: Decode) ->
     assert torch.equal(weights, others)
     # A trace without draws, from a server that gives none, learns beside one that has them.
     assert math.isfinite(step([*drawn[:3], *samples[3:]], "kl_tv")[0])
+    # A token that the draft does not have is none: of a target whose vocabulary is padded further.
+    beyond = [replace_draws(s, np.full_like(s.trace.tail_ids, VOCAB + 7)) for s in drawn]
+    told, weights = step(beyond, "kl_tv", branch_weight=0.0)
+    plain, others = step(samples, "kl_tv", branch_weight=0.0)
+    assert told == plain
+    torch.testing.assert_close(weights, others)
 
 
 def test_draws_are_the_gradient_of_the_tails_cross_entropy(decode: Decode) -> None:
