@@ -8,7 +8,9 @@ section 4, there for the whole distribution).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -28,3 +30,12 @@ def draw_tail(logprobs: Tensor, ids: Tensor, n: int, offset: Tensor) -> Tensor:
     marks = (torch.arange(n, device=mass.device) + offset.float()[..., None]) / n
     drawn = torch.searchsorted(mass, (marks * mass[..., -1:]).contiguous(), right=True)
     return drawn.clamp_(max=mass.shape[-1] - 1)
+
+
+def captured_draws(logprobs: Tensor, ids: Tensor, n: int, rng: np.random.Generator) -> NDArray[np.uint32] | None:
+    """`draw_tail` of [N, V] as a trace holds it, uint32 [N, n]; None if `n` is 0 or the K leave no token over."""
+    if n == 0 or ids.shape[-1] == logprobs.shape[-1]:
+        return None
+    offset = torch.from_numpy(rng.random(len(logprobs), np.float32)).to(logprobs.device)
+    found: NDArray[np.uint32] = draw_tail(logprobs, ids, n, offset).numpy(force=True).astype(np.uint32)
+    return found

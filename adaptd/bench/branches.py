@@ -24,7 +24,7 @@ from adaptd.learning.batch import collate, draft_logits
 from adaptd.learning.branches import Choice, reads_branches
 from adaptd.learning.evaluate import Rule
 from buffers.trace import Branches, Source, Trace
-from policies.tail import draw_tail
+from policies.tail import captured_draws
 from policies.warp import served_probs
 
 
@@ -78,7 +78,7 @@ class BranchScorer:
         best = scored.topk(min(self._k_branch, scored.shape[-1]), dim=-1)
         ids = best.indices.numpy(force=True).astype(np.uint32)
         logprobs = best.values.numpy(force=True).astype(np.float16)
-        drawn = self._tail(scored, best.indices)
+        drawn = captured_draws(scored, best.indices, self._k_tail, self._rng)
         found, start = list(traces), 0
         for i, trace in zip(at, grown, strict=True):
             rows = slice(start, start + len(_branches(trace).tokens))
@@ -91,13 +91,6 @@ class BranchScorer:
             )
             found[i] = dataclasses.replace(trace, branches=scores)
         return found
-
-    def _tail(self, logprobs: Tensor, ids: Tensor) -> NDArray[np.uint32] | None:
-        """Draws behind each token, [U, S']; None if none are kept."""
-        if not self._k_tail or ids.shape[-1] == logprobs.shape[-1]:
-            return None
-        offset = torch.from_numpy(self._rng.random(len(logprobs), np.float32)).to(logprobs.device)
-        return draw_tail(logprobs, ids, self._k_tail, offset).numpy(force=True).astype(np.uint32)
 
     def _grow(self, draft: PreTrainedModel, traces: Sequence[Trace], logits: Sequence[Tensor]) -> list[Trace]:
         """Traces with the tokens of their branches, what the target says of them still empty."""

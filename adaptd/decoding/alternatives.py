@@ -19,7 +19,7 @@ from adaptd.decoding.prefill import PASS, Prefill
 from adaptd.decoding.runner import ModelRunner
 from adaptd.models.cache import FULL, additive, round_up
 from buffers.trace import Branches, Trace
-from policies.tail import draw_tail
+from policies.tail import captured_draws
 
 #: Rarer tokens are left out: where the target is sure there is nothing to ask.
 _LEAST_PROBABILITY = 0.01
@@ -52,12 +52,11 @@ def branches_of(
     tokens: NDArray[np.uint32],
     ids: NDArray[Any],
     logprobs: NDArray[Any],
-    drawn: NDArray[Any] | None = None,
+    drawn: NDArray[np.uint32] | None = None,
 ) -> Branches:
     """Alternatives as branches of one token, with the target's candidates [F, K''] and draws [F, S'] behind each."""
     one = np.ones(len(at), np.uint8)
-    tail_ids = None if drawn is None else drawn.astype(np.uint32)
-    return Branches(at, one, tokens, ids.astype(np.uint32), logprobs.astype(np.float16), tail_ids)
+    return Branches(at, one, tokens, ids.astype(np.uint32), logprobs.astype(np.float16), drawn)
 
 
 @dataclass(slots=True)
@@ -72,7 +71,7 @@ class Asking:
     ids: list[NDArray[Any]] = field(default_factory=list)
     """The target's most likely tokens behind those that it was asked about already, [*, K''] a pass."""
     logprobs: list[NDArray[Any]] = field(default_factory=list)
-    drawn: list[NDArray[Any]] = field(default_factory=list)
+    drawn: list[NDArray[np.uint32]] = field(default_factory=list)
     """Draws of its other tokens, [*, S'] a pass; empty if there are none."""
 
     @property
@@ -139,9 +138,8 @@ class AlternativesReader:
             tokens, positions, {FULL: mask}, slot, length, last_only=False, columns=columns
         )
         best = logits.topk(min(self._k_branch, logits.shape[-1]), dim=-1)
-        if self._k_tail > 0 and self._k_branch < logits.shape[-1]:
-            offset = torch.from_numpy(self._rng.random(len(logits), np.float32)).to(device)
-            asking.drawn.append(draw_tail(logits, best.indices, self._k_tail, offset).numpy(force=True))
+        if (drawn := captured_draws(logits, best.indices, self._k_tail, self._rng)) is not None:
+            asking.drawn.append(drawn)
         asking.ids.append(best.indices.numpy(force=True))
         asking.logprobs.append((best.values - logits.logsumexp(-1, keepdim=True)).numpy(force=True))
         return stop == len(asking.at)

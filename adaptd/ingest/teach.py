@@ -8,15 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from adaptd.ingest.record import Record
 from adaptd.ingest.render import Rendered
 from adaptd.learning.batch import collate, draft_logits
 from buffers.trace import NO_TOKEN, Source, Trace, is_reserved
-from policies.tail import draw_tail
+from policies.tail import captured_draws
 from policies.warp import served_probs
 
 #: Log-probability of the fillers of a hard label: below what the tail bucket resolves.
@@ -87,7 +85,7 @@ def judge(target: PreTrainedModel, labelled: Sequence[Trace], k_tail: int = 0) -
     logged) has the log-probability of the distribution before the cut.
     """
     found: dict[int, Trace] = {}
-    offsets = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     for chosen in _groups(labelled, int(target.config.get_text_config().vocab_size)):
         group = [labelled[i] for i in chosen]
         batch = collate(group, max(len(t.tokens) for t in group), next(target.parameters()).device)
@@ -95,7 +93,7 @@ def judge(target: PreTrainedModel, labelled: Sequence[Trace], k_tail: int = 0) -
         logprobs = logits.log_softmax(-1)
         best = logprobs.topk(group[0].topk_ids.shape[1], dim=-1)
         ids, values = best.indices.numpy(force=True), best.values.numpy(force=True)
-        drawn = _drawn(logprobs, best.indices, k_tail, offsets)
+        drawn = captured_draws(logprobs, best.indices, k_tail, rng)
         start = 0
         for index, trace, length in zip(chosen, group, batch.lengths, strict=True):
             rows, token = slice(start, start + length), batch.token_ids[start : start + length, None]
@@ -113,14 +111,6 @@ def judge(target: PreTrainedModel, labelled: Sequence[Trace], k_tail: int = 0) -
                 target_logprob=_half(served.numpy(force=True)),
             )
     return [found[i] for i in range(len(labelled))]
-
-
-def _drawn(logprobs: Tensor, ids: Tensor, n: int, offsets: torch.Generator) -> NDArray[np.uint32] | None:
-    """Draws of each row's tail, [N, n]; None if none are wanted or nothing is left over."""
-    if n == 0 or ids.shape[-1] == logprobs.shape[-1]:
-        return None
-    offset = torch.rand(len(logprobs), generator=offsets).to(logprobs.device)
-    return draw_tail(logprobs, ids, n, offset).numpy(force=True).astype(np.uint32)
 
 
 def _groups(traces: Sequence[Trace], vocab: int) -> Iterator[list[int]]:

@@ -210,7 +210,7 @@ def test_draws_are_of_the_tokens_that_the_candidates_leave_over(positions: str) 
             assert not (trace.branches.tail_ids[:, :, None] == trace.branches.topk_ids[:, None]).any()
     assert {t.reserved for t in traces} == {True, False}
     assert drawn > 200
-    # Of each token as many as its share of the tails, to three times the error of as many independent draws.
+    # Of each token as many as its share of the tails, to three and a half times the error of as many independent draws.
     assert (np.abs(counts - expected) < 3.5 * np.sqrt(expected) + 1).all()
 
 
