@@ -45,6 +45,8 @@ class EngineConfig(Section):
     """`auto`: bfloat16 on CUDA, float32 on CPU."""
     threads: int = Field(1, ge=1)
     """CPU threads of one decoder."""
+    compiled: bool = True
+    """CPU: run a round's passes in code that this machine's C++ compiler builds once, at the first start (some 20 seconds)."""
     cuda_graphs: bool = True
     """Capture a round as two CUDA graphs, the draft's passes and the target's, of a few shapes; no meaning on a CPU."""
     calibrate: bool = True

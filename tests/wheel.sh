@@ -16,6 +16,10 @@ from importlib.metadata import entry_points
 (plugin,) = entry_points(group='vllm.general_plugins', name='adaptd')
 plugin.load()()
 "
+# Its sources of compiled code, where this machine has a compiler.
+if command -v g++ >/dev/null; then
+  "$work/venv/bin/python" -c "from adaptd.models.compiled import library; print(library())"
+fi
 "$work/venv/bin/adaptd" demo --quick --json "$work/demo.json"
 "$work/venv/bin/python" - "$work/demo.json" <<'PY'
 import json, sys

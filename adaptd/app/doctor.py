@@ -18,7 +18,7 @@ from adaptd.app.doctor_vllm import vllm_checks
 from adaptd.app.state import find_daemon
 from adaptd.config import Config
 from adaptd.errors import AdaptdError, ConfigError, DaemonUnavailable, RequestRefused
-from adaptd.models import load
+from adaptd.models import compiled, load
 from adaptd.models.chat import render_chat
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
 from buffers.embedded import start_embedded
@@ -30,7 +30,7 @@ _MIN_FREE_BYTES = 2 * 2**30
 
 def run(config: Config) -> list[Check]:
     """All checks, in order; a check that fails does not stop the next."""
-    groups = [_models, _disk, _redis, _ray, _gpu, _port]
+    groups = [_models, _kernels, _disk, _redis, _ray, _gpu, _port]
     if config.engine.kind == "vllm":
         groups.append(vllm_checks)
     return [check for group in groups for check in group(config)]
@@ -67,6 +67,15 @@ def _models(config: Config) -> Iterator[Check]:
         yield Check("scope", "ok", f"{adapted.scope}: {adapted.trainable_fraction:.1%} of the draft's parameters learn")
     except ConfigError as error:
         yield Check("scope", "failed", str(error), "change section adapt of the configuration")
+
+
+def _kernels(config: Config) -> Iterator[Check]:
+    if config.engine.kind == "vllm" or not config.engine.compiled:
+        return
+    try:
+        yield Check("kernels", "ok", f"compiled: {compiled.library()}")
+    except compiled.FAILURES as error:
+        yield Check("kernels", "warning", f"decoding on a CPU runs without them: {error}", compiled.REMEDY)
 
 
 def _disk(config: Config) -> Iterator[Check]:

@@ -44,7 +44,7 @@ def build_engine(
     draft_length: DraftLength | None = None,
 ) -> SpeculativeDecoder:
     """The engine of one decoder. The target's linear layers are packed for the CPU in place (`pack_linears`)."""
-    pack_linears(target, rows=config.engine.k + 1)
+    pack_linears(target, rows=config.engine.k + 1, compiled=config.engine.compiled)
 
     def detokenize(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -61,6 +61,7 @@ def build_engine(
         prefill_tokens=config.engine.prefill_tokens,
         prefix_caching=config.engine.prefix_caching,
         capture_passes=cuda_graph if config.engine.cuda_graphs and device.type == "cuda" else None,
+        compiled=config.engine.compiled,
         eos_ids=eos_ids(target, tokenizer),
         detokenize=detokenize,
         capture=CaptureConfig(

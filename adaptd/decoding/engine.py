@@ -64,6 +64,7 @@ class SpeculativeDecoder:
       prefill_tokens: most prompt tokens read a step, over all rows that join together.
       prefix_caching: whether what a prompt has in common with an earlier one is not read again by the target.
       capture_passes: how the draft's passes and the target's are captured (`adaptd.decoding.graphs`); None: they are not.
+      compiled: whether passes over few positions run in compiled code on a CPU (`adaptd.models.native`).
       draft_version: version of the draft's weights; its owner sets the attribute after a swap.
       clock: unix seconds, for `Trace.created_at`.
     Raises: ValueError: a number is out of range, or a model cannot be decoded this way.
@@ -85,6 +86,7 @@ class SpeculativeDecoder:
         prefill_tokens: int = 1024,
         prefix_caching: bool = True,
         capture_passes: Capture | None = None,
+        compiled: bool = True,
         draft_version: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -106,8 +108,15 @@ class SpeculativeDecoder:
         # A round of a row one token short of the end writes up to k positions behind it.
         capacity = round_up(max_length + k)
         self._target, self._draft = (
-            ModelRunner(m, slots=max_batch, capacity=capacity, max_length=max_length, capture=capture_passes)
-            for m in (target, draft)
+            ModelRunner(
+                model,
+                slots=max_batch,
+                capacity=capacity,
+                max_length=max_length,
+                capture=capture_passes,
+                compiled=compiled,
+            )
+            for model in (target, draft)
         )
         self.vocab_size = self._target.vocab_size
         self._packer = RoundPacker(k, min(self._target.vocab_size, self._draft.vocab_size), capture)

@@ -26,11 +26,19 @@ class ModelRunner:
       capacity: positions a row.
       max_length: longest sequence decoded.
       capture: how what a round does is captured; None: it is run anew each time (as where the model is not `lean`).
+      compiled: as of `LeanDecoder`, where nothing is captured.
     Raises: ValueError: the model has fewer positions than `max_length`, or state that cannot be rolled back.
     """
 
     def __init__(
-        self, model: nn.Module, *, slots: int, capacity: int, max_length: int, capture: Capture | None = None
+        self,
+        model: nn.Module,
+        *,
+        slots: int,
+        capacity: int,
+        max_length: int,
+        capture: Capture | None = None,
+        compiled: bool = True,
     ) -> None:
         config = cast(Any, model).config
         text = config.get_text_config(decoder=True)
@@ -45,8 +53,10 @@ class ModelRunner:
         self.device: torch.device = embedding.device
         self.dtype: torch.dtype = embedding.dtype
         self.windows = attention_windows(config, max_length)
-        self._lean = LeanDecoder(model, max_length) if can_run(model) else None
-        if self._lean is None:
+        self._lean: LeanDecoder | None = None
+        if can_run(model):
+            self._lean = LeanDecoder(model, max_length, compiled=compiled and capture is None)
+        else:
             capture = None
         self.cache = RaggedCache(int(text.num_hidden_layers), slots + (capture is not None), capacity, self.device)
         self.graphs: Graphs | None = None

@@ -10,13 +10,15 @@ its merged weights in place writes here.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adaptd.models.layers import Ffn, bias_of, weight_of
+from adaptd.models.layers import Ffn, bias_of, is_silu, weight_of
 from adaptd.models.private_expert import GATE_GAIN, ExpertTensors, PrivateExperts, opened
 from adaptd.models.request_gate import Openness
 
@@ -36,6 +38,17 @@ class FusedExperts(PrivateExperts):
         """Copy the learned tensors into the wide matrices."""
         for fused in self._fused:
             fused.refresh()
+
+
+class Parts(NamedTuple):
+    """Of a gated-unit FFN with its expert."""
+
+    width: int
+    """I + w."""
+    shared: int
+    """I."""
+    gated: bool
+    """Whether the last row of `inner` is the gate's."""
 
 
 class FusedExpertFfn(nn.Module):
@@ -68,6 +81,12 @@ class FusedExpertFfn(nn.Module):
             if bias is not None and self.inner_bias is not None:
                 self.inner_bias[rows] = bias
         _become_view(ffn.layer(ffn.outer), self.outer[:, : self._intermediate])
+
+    def parts(self) -> Parts | None:
+        """How the wide matrices are divided; None where the base is not a unit gated by x sigmoid(x)."""
+        if not is_silu(self._activation) or len(self._sizes) - (self._expert.gate is not None) != 2:
+            return None
+        return Parts(self._wide, self._intermediate, self._expert.gate is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """h' of `adaptd.models.private_expert`."""

@@ -84,7 +84,7 @@ class TrainedHead(HeadCorrection):
         head = _linear(model, name)
         super().__init__(name, head, rank, with_bias, gated)
         corrected = LowRankHead(head, self.down, self.up, self.bias, self.gate, openness)
-        if serving and self.gate is not None and head.weight.dtype is torch.float32:
+        if serving and self.gate is not None:
             corrected = WideHead(corrected, self.gate)
         model.set_submodule(name, corrected)
         _untie(model)
@@ -135,35 +135,40 @@ class LowRankHead(nn.Module):
 class WideHead(LowRankHead):
     """The same in two products: what reads h is one matrix, [N + r + 1, H], and up and bias another, [N, r + 1].
 
-    The tensors become views of these two: no memory is held twice, and what is copied into a tensor is copied here.
+    The tensors become views of these two: no memory is held twice, and what is copied into a tensor is copied here. A head of
+    another precision than theirs keeps its own weight, and there are three products.
     """
 
     def __init__(self, head: LowRankHead, gate: nn.Parameter) -> None:
         base, down, up, bias = head.base, head.down, head.up, head.bias
         super().__init__(base, down, up, bias, gate, head._openness)
         size, rank = up.shape
-        self._size = size
-        self._inner = torch.cat([base.weight.detach(), down.detach(), gate.detach()])
-        self._inner_bias = None if base.bias is None else torch.cat([base.bias.detach(), up.new_zeros(rank + 1)])
-        self._outer = torch.cat([up.detach(), up.new_zeros(size, 1) if bias is None else bias.detach()[:, None]], 1)
-        base.weight.data, down.data, gate.data = (
-            self._inner[:size],
-            self._inner[size : size + rank],
-            self._inner[size + rank :],
-        )
-        up.data = self._outer[:, :rank]
+        self._one: Tensor | None = None
+        if base.weight.dtype is down.dtype:
+            self._one = torch.cat([base.weight.detach(), down.detach(), gate.detach()])
+            base.weight.data, self.inner = self._one[:size], self._one[size:]
+        else:
+            self.inner = torch.cat([down.detach(), gate.detach()])
+        self.outer = torch.cat([up.detach(), up.new_zeros(size, 1) if bias is None else bias.detach()[:, None]], 1)
+        down.data, gate.data, up.data = self.inner[:rank], self.inner[rank:], self.outer[:, :rank]
         if bias is not None:
-            bias.data = self._outer[:, rank]
+            bias.data = self.outer[:, rank]
 
     def forward(self, h: Tensor) -> Tensor:
-        """lm_head(h) + g (up (down h) + b)."""
-        read = functional.linear(h, self._inner, self._inner_bias)
-        low = read[..., self._size :].clone()
+        """lm_head(h) + g * (up (down h) + b)."""
+        size = len(self.outer)
+        if self._one is None:
+            logits, low = self.base(h).float(), functional.linear(h.float(), self.inner)
+        else:
+            read = functional.linear(h, self._one)
+            logits, low = read[..., :size], read[..., size:].clone()
+            if self.base.bias is not None:
+                logits = logits + self.base.bias
         gate = self._openness.scale(opened(GATE_GAIN * low[..., -1:]))
         low[..., -1] = 1.0
         low *= gate
-        total = torch.addmm(read[..., : self._size].flatten(0, -2), low.flatten(0, -2), self._outer.T)
-        return total.view(*h.shape[:-1], self._size)
+        total = torch.addmm(logits.flatten(0, -2), low.flatten(0, -2), self.outer.T)
+        return total.view(*h.shape[:-1], size)
 
 
 class MergedHead(HeadCorrection):

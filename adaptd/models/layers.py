@@ -65,6 +65,11 @@ def bias_of(layer: nn.Module) -> Tensor | None:
     return bias.detach() if isinstance(bias, Tensor) else None
 
 
+def is_silu(activation: object) -> bool:
+    """Whether an activation is x sigmoid(x): torch's module of that name or transformers' own."""
+    return type(activation).__name__ in ("SiLU", "SiLUActivation")
+
+
 @dataclass(frozen=True)
 class Ffn:
     """One feed-forward module of the draft, hidden size H and intermediate size I."""

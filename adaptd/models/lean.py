@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from adaptd.models.cache import FULL, GROUPED_SDPA, RaggedCache
+from adaptd.models.layers import is_silu
 from adaptd.models.lora import LoraLayer
+from adaptd.models.native import native_pass
 from adaptd.models.packed import PackedLinear
 
 #: Architectures whose layer is: norm, attention with rotary positions, add, norm, feed-forward, add.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")
-#: Names of the activation x sigmoid(x) as a module.
-_SILU = ("SiLU", "SiLUActivation")
 #: Rotary positions that are a table, whatever the length of the sequence.
 _TABLES = ("default", "linear", "llama3", "yarn")
 
@@ -34,24 +34,26 @@ class LeanDecoder:
     Args:
       model: in eval mode; `can_run` says whether it can be run here.
       max_length: positions there may be.
+      compiled: passes over few positions are one call of compiled code, where there is a compiler (`adaptd.models.native`).
     """
 
-    def __init__(self, model: nn.Module, max_length: int) -> None:
+    def __init__(self, model: nn.Module, max_length: int, *, compiled: bool = True) -> None:
         plain = _plain(model)
         base = plain.base_model
         config = plain.config.get_text_config(decoder=True)
-        self._embed, self._head = plain.get_input_embeddings(), plain.get_output_embeddings()
-        self._norm = base.norm
+        self._embed, self.head = plain.get_input_embeddings(), plain.get_output_embeddings()
+        self.norm = base.norm
         kinds = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
         heads = config.num_attention_heads, config.num_key_value_heads
         self._groups = heads[0] // heads[1]
-        self._layers = [_Layer(layer, kind, heads) for layer, kind in zip(base.layers, kinds, strict=True)]
+        self.layers = [_Layer(layer, kind, heads) for layer, kind in zip(base.layers, kinds, strict=True)]
         weight = self._embed.weight
         positions = torch.arange(max_length, device=weight.device)[None]
         cos, sin = base.rotary_emb(weight.new_zeros(1, 1, 1), positions)
         # A head's halves are rotated against each other: the sign of the swapped half is put into the table.
         half = sin.shape[-1] // 2
-        self._cos, self._sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)
+        self.cos, self.sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)
+        self._native = native_pass(model, self) if compiled else None
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, masks: Mapping[str, Tensor], cache: RaggedCache, *, last_only: bool
@@ -65,67 +67,67 @@ class LeanDecoder:
         Returns: logits [B, Q, V], or [B, 1, V].
         """
         hidden: Tensor = self._embed(tokens)
-        rotation = self._cos[positions][:, :, None], self._sin[positions][:, :, None]
+        if self._native is not None and self._native.takes(tokens, cache):
+            return self._native(hidden, positions, masks, cache, last_only=last_only)
+        rotation = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
         # As `grouped_sdpa`: heads that share keys and values are more queries of them.
         folded = {kind: mask.repeat(1, 1, self._groups, 1) for kind, mask in masks.items()}
         only = next(iter(folded.values())) if len(folded) == 1 else None
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self.layers):
             mask = folded[layer.kind] if only is None else only
             hidden = layer(hidden, rotation, mask, cache, index)
         if last_only:
             hidden = hidden[:, -1:]
-        logits: Tensor = self._head(_normed(hidden, self._norm))
+        logits: Tensor = self.head(_normed(hidden, self.norm))
         return logits
 
 
 class _Layer:
     def __init__(self, layer: Any, kind: str, heads: tuple[int, int]) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.kind, self._heads = kind, heads
-        self._before, self._between = layer.input_layernorm, layer.post_attention_layernorm
-        self._q, self._k, self._v, self._o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-        self._norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
-        self._dim, self._scale = int(attention.head_dim), float(attention.scaling)
-        self._read = _stacked(self._q, self._k, self._v) or self._apart
-        self._mlp, self._down = mlp, getattr(mlp, "down_proj", None)
-        self._gated = (
-            _stacked(mlp.gate_proj, mlp.up_proj) if isinstance(getattr(mlp, "act_fn", None), nn.SiLU) else None
-        )
+        self.kind, self.heads = kind, heads
+        self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
+        self.q, self.k, self.v, self.o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        self.norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
+        self.dim, self.scale = int(attention.head_dim), float(attention.scaling)
+        self._read = _stacked(self.q, self.k, self.v) or self._apart
+        self.mlp, self._down = mlp, getattr(mlp, "down_proj", None)
+        self._gated = _stacked(mlp.gate_proj, mlp.up_proj) if is_silu(getattr(mlp, "act_fn", None)) else None
 
     def __call__(
         self, hidden: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor, cache: RaggedCache, index: int
     ) -> Tensor:
-        hidden = hidden + self._attend(_normed(hidden, self._before), rotation, mask, cache, index)
-        return hidden.add_(self._feed(_normed(hidden, self._between)))
+        hidden = hidden + self._attend(_normed(hidden, self.before), rotation, mask, cache, index)
+        return hidden.add_(self._feed(_normed(hidden, self.between)))
 
     def _attend(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor, cache: RaggedCache, index: int
     ) -> Tensor:
         batch, length, _ = x.shape
-        heads = self._read(x).view(batch, length, -1, self._dim)
-        n_q, n_kv = self._heads
+        heads = self._read(x).view(batch, length, -1, self.dim)
+        n_q, n_kv = self.heads
         turned = heads[:, :, : n_q + n_kv]
-        if self._norms[0] is not None:
+        if self.norms[0] is not None:
             parts = turned.split((n_q, n_kv), 2)
-            turned = torch.cat([_normed(part, norm) for part, norm in zip(parts, self._norms, strict=True)], 2)
+            turned = torch.cat([_normed(part, norm) for part, norm in zip(parts, self.norms, strict=True)], 2)
         cos, sin = rotation
-        turned = (turned * cos).addcmul_(turned.roll(self._dim // 2, -1), sin)
+        turned = (turned * cos).addcmul_(turned.roll(self.dim // 2, -1), sin)
         keys, values = cache.update(
             turned[:, :, n_q:].transpose(1, 2), heads[:, :, n_q + n_kv :].transpose(1, 2), index
         )
         groups = n_q // n_kv
-        query = turned[:, :, :n_q].transpose(1, 2).reshape(batch, n_kv, groups * length, self._dim)
-        found = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scale)
-        joined = found.view(batch, n_q, length, self._dim).transpose(1, 2).reshape(batch, length, -1)
-        out: Tensor = self._o(joined)
+        query = turned[:, :, :n_q].transpose(1, 2).reshape(batch, n_kv, groups * length, self.dim)
+        found = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale)
+        joined = found.view(batch, n_q, length, self.dim).transpose(1, 2).reshape(batch, length, -1)
+        out: Tensor = self.o(joined)
         return out
 
     def _apart(self, x: Tensor) -> Tensor:
-        return torch.cat((self._q(x), self._k(x), self._v(x)), -1)
+        return torch.cat((self.q(x), self.k(x), self.v(x)), -1)
 
     def _feed(self, x: Tensor) -> Tensor:
         if self._gated is None or self._down is None:
-            whole: Tensor = self._mlp(x)
+            whole: Tensor = self.mlp(x)
             return whole
         gate, up = self._gated(x).chunk(2, -1)
         out: Tensor = self._down(silu(gate).mul_(up))

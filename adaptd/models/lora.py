@@ -147,43 +147,59 @@ class WideLora:
     """LoRA of layers that read the same input, [..., in] to [..., out of all layers], in two products in the place of nine.
 
     One matrix holds, by rows, the layers' weights and their A's, another the B's as blocks on its diagonal. All of them become
-    views of these two: no memory is held twice, and what is copied into a tensor is copied here.
+    views of these: no memory is held twice, and what is copied into a tensor is copied here. Weights of another precision
+    than A and B have a matrix of their own, and a third product.
     """
 
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
         self.alone = len(layers) == 1
-        self._openness, self._scaling = layers[0].openness, layers[0].scaling
+        self._openness, self.scaling = layers[0].openness, layers[0].scaling
         weights = [weight_of(layer.base_layer) for layer in layers]
-        ranks = [len(layer.down) for layer in layers]
-        self._out = sum(len(weight) for weight in weights)
-        self._inner = torch.cat([*weights, *(layer.down.detach() for layer in layers)])
-        self._outer = weights[0].new_zeros(self._out, sum(ranks))
+        downs = [layer.down.detach() for layer in layers]
+        ranks = [len(down) for down in downs]
+        out = sum(len(weight) for weight in weights)
+        self._one: Tensor | None = None
+        if weights[0].dtype is downs[0].dtype:
+            self._one = torch.cat([*weights, *downs])
+            self.weight, self.down = self._one[:out], self._one[out:]
+        else:
+            self.weight, self.down = torch.cat(weights), torch.cat(downs)
+        self.up = downs[0].new_zeros(out, sum(ranks))
         biases = [bias_of(layer.base_layer) for layer in layers]
-        self._bias: Tensor | None = None
+        self.bias: Tensor | None = None
         if any(bias is not None for bias in biases):
             parts = [
                 weight.new_zeros(len(weight)) if bias is None else bias
                 for weight, bias in zip(weights, biases, strict=True)
             ]
-            self._bias = torch.cat([*parts, weights[0].new_zeros(sum(ranks))])
+            self.bias = torch.cat(parts)
         row, low = 0, 0
         for layer, weight, rank in zip(layers, weights, ranks, strict=True):
             rows, columns = slice(row, row + len(weight)), slice(low, low + rank)
-            self._outer[rows, columns] = layer.up.detach()
-            layer.base_layer.get_parameter("weight").data = self._inner[rows]
-            layer.down.data = self._inner[self._out + low : self._out + low + rank]
-            layer.up.data = self._outer[rows, columns]
+            self.up[rows, columns] = layer.up.detach()
+            layer.base_layer.get_parameter("weight").data = self.weight[rows]
+            layer.down.data = self.down[columns]
+            layer.up.data = self.up[rows, columns]
             layer.wide = self
             row, low = row + len(weight), low + rank
 
     @staticmethod
     def fits(layer: nn.Module) -> bool:
-        """Whether a layer's weight can stand in one matrix with the float32 tensors of LoRA."""
-        return type(layer) is nn.Linear and layer.weight.dtype is torch.float32
+        """Whether it is a layer that keeps its weight as [out, in]."""
+        return type(layer) is nn.Linear
 
     def __call__(self, x: Tensor) -> Tensor:
         """W x + s (alpha / rank) B A x of all layers, one behind the other."""
-        read = functional.linear(x, self._inner, self._bias)
-        low = self._openness.scale(read[..., self._out :]) * self._scaling
-        total = torch.addmm(read[..., : self._out].flatten(0, -2), low.flatten(0, -2), self._outer.T)
-        return total.view(*x.shape[:-1], self._out)
+        out = len(self.weight)
+        if self._one is None:
+            base, low = functional.linear(x, self.weight, self.bias), functional.linear(x.float(), self.down)
+        else:
+            read = functional.linear(x, self._one)
+            base, low = read[..., :out], read[..., out:]
+            if self.bias is not None:
+                base = base + self.bias
+        low = self._openness.scale(low) * self.scaling
+        if self._one is None:
+            return base + functional.linear(low, self.up).to(base.dtype)
+        total = torch.addmm(base.flatten(0, -2), low.flatten(0, -2), self.up.T)
+        return total.view(*x.shape[:-1], out)

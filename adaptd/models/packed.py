@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from adaptd.models.compiled import kernels, stored_product
 from adaptd.models.layers import sibling_groups
 
 #: Layers with fewer weights gain less than the call costs.
@@ -34,6 +35,8 @@ _SURELY = 0.9
 
 #: How weights lie: as oneDNN reads them, or as they are stored.
 Layout = Literal["onednn", "stored"]
+#: Input, weight and bias to `linear` of them.
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Packed:
@@ -43,15 +46,18 @@ class Packed:
       layers: frozen, on the CPU; all with a bias or none.
       rows: input rows the layout is chosen for; others are computed as exactly.
       layout: of the stacked weight.
+      kernel: the product with a stored one.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], rows: int, layout: Layout = "onednn") -> None:
+    def __init__(
+        self, layers: Sequence[nn.Linear], rows: int, layout: Layout = "onednn", kernel: Product = linear
+    ) -> None:
         stacked = torch.cat([layer.weight.detach() for layer in layers])
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.layout = layout
-        self._bias = torch.cat(biases) if biases else None
-        self._weight = _reordered(stacked, rows) if layout == "onednn" else stacked
-        self._kernel = _packed_product if layout == "onednn" else linear
+        self.bias = torch.cat(biases) if biases else None
+        self.stored = _reordered(stacked, rows) if layout == "onednn" else stacked
+        self.kernel = _packed_product if layout == "onednn" else kernel
         self._last: tuple[Tensor, Tensor] | None = None
 
     def product(self, x: Tensor, *, first: bool, last: bool) -> Tensor:
@@ -59,14 +65,14 @@ class Packed:
         if not first and self._last is not None and self._last[0] is x:
             found = self._last[1]
         else:
-            found = self._kernel(x, self._weight, self._bias)
+            found = self.kernel(x, self.stored, self.bias)
         # Kept from the first layer on only: a tensor that was written to since then would be the same tensor.
         self._last = (x, found) if first and not last else None if last else self._last
         return found
 
     def dense(self) -> Tensor:
         """[out of all layers, in]; oneDNN's is unpacked at each call."""
-        return self._weight.to_dense() if self.layout == "onednn" else self._weight
+        return self.stored.to_dense() if self.layout == "onednn" else self.stored
 
 
 class PackedLinear(nn.Module):
@@ -85,6 +91,11 @@ class PackedLinear(nn.Module):
         # Neither a parameter nor a buffer: a tensor without strides can be neither cast nor saved.
         self.packed, self._rows = packed, slice(start, start + layer.out_features)
         self._at = {"first": start == 0, "last": last}
+
+    @property
+    def alone(self) -> bool:
+        """Whether it has a `Packed` to itself."""
+        return self._at["first"] and self._at["last"]
 
     @property
     def weight(self) -> Tensor:
@@ -109,31 +120,35 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype is torch.float32 or (dtype is torch.bfloat16 and bool(ops._is_mkldnn_bf16_supported()))
 
 
-def pack_linears(model: nn.Module, *, rows: int) -> int:
+def pack_linears(model: nn.Module, *, rows: int, compiled: bool = True) -> int:
     """Replaces the large linear layers of a frozen model, in place; their weights are freed where nothing else has them.
 
     All have one layout (`fastest_layout`).
 
-    Nothing happens on another device than the CPU, or where `can_pack` says no. The model is then for inference by one
-    thread at a time.
+    Nothing happens on another device than the CPU, or where there is neither such a layout (`can_pack`) nor a compiled product.
+    The model is then for inference by one thread at a time.
 
     Args:
       rows: of the input that is to be fast, for example k + 1 at batch 1.
+      compiled: whether the product with a stored weight may be compiled code (`adaptd.models.compiled`).
     Returns: layers replaced.
     """
     chosen: list[tuple[nn.Module, tuple[str, ...], list[nn.Linear]]] = []
+    kernel: Product = stored_product if compiled and kernels() is not None else linear
     for parent in list(model.modules()):
-        children = {name: layer for name, layer in parent.named_children() if type(layer) is nn.Linear and _fits(layer)}
+        children = {
+            name: layer for name, layer in parent.named_children() if type(layer) is nn.Linear and _fits(layer, kernel)
+        }
         for names in _groups(children):
             layers = [children[name] for name in names]
             if sum(layer.weight.numel() for layer in layers) < _LEAST:
                 continue
             chosen.append((parent, names, layers))
-    layout = fastest_layout([layers for _, _, layers in chosen], rows)
+    layout = fastest_layout([layers for _, _, layers in chosen], rows, kernel)
     found = 0
     while chosen:  # emptied, so that what has been replaced is freed on the way
         parent, names, layers = chosen.pop()
-        packed, start = Packed(layers, rows, layout), 0
+        packed, start = Packed(layers, rows, layout, kernel), 0
         for name, layer in zip(names, layers, strict=True):
             setattr(parent, name, PackedLinear(layer, packed, start, last=name == names[-1]))
             start += layer.out_features
@@ -142,20 +157,24 @@ def pack_linears(model: nn.Module, *, rows: int) -> int:
 
 
 @torch.inference_mode()
-def fastest_layout(groups: Sequence[Sequence[nn.Linear]], rows: int) -> Layout:
+def fastest_layout(groups: Sequence[Sequence[nn.Linear]], rows: int, kernel: Product = linear) -> Layout:
     """The layout in which the first of these layers, each group as one product, take less time on `rows` rows of input.
 
-    With the threads that are set; takes a tenth to a fifth of a second. "onednn" without timing for a small model.
+    With the threads that are set; takes a tenth to a fifth of a second. A small model is not timed: in float32 a compiled
+    `kernel` for the stored layout is taken, else "onednn".
     """
+    dtype = groups[0][0].weight.dtype if groups else torch.float32
+    if not can_pack(dtype):
+        return "stored"
     sizes = np.cumsum([sum(layer.weight.nbytes for layer in group) for group in groups])
     enough = int((sizes < _TIMED_BYTES).sum()) + 1
     if enough > len(groups):
-        return "onednn"
+        return "stored" if kernel is not linear and dtype is torch.float32 else "onednn"
     weights = [torch.cat([layer.weight.detach() for layer in group]) for group in groups[:enough]]
     inputs = {w.shape[1]: torch.ones(rows, w.shape[1], dtype=w.dtype) for w in weights}
     packed = [_reordered(w, rows) for w in weights]
 
-    def seconds(product: Callable[..., Tensor], layout: Sequence[Tensor]) -> float:
+    def seconds(product: Product, layout: Sequence[Tensor]) -> float:
         started = time.perf_counter()
         for weight, form in zip(weights, layout, strict=True):
             product(inputs[weight.shape[1]], form, None)
@@ -163,7 +182,7 @@ def fastest_layout(groups: Sequence[Sequence[nn.Linear]], rows: int) -> Layout:
 
     stored_s, packed_s = [], []
     for _ in range(4):  # in turns, so that what else runs here slows both; the first ones pay for what is set up once
-        stored_s.append(seconds(linear, weights))
+        stored_s.append(seconds(kernel, weights))
         packed_s.append(seconds(_packed_product, packed))
     return "stored" if min(stored_s[1:]) < _SURELY * min(packed_s[1:]) else "onednn"
 
@@ -180,9 +199,11 @@ def _packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return found
 
 
-def _fits(layer: nn.Linear) -> bool:
+def _fits(layer: nn.Linear, kernel: Product) -> bool:
     weight = layer.weight
-    return not weight.requires_grad and weight.device.type == "cpu" and can_pack(weight.dtype)
+    if weight.requires_grad or weight.device.type != "cpu":
+        return False
+    return can_pack(weight.dtype) or (kernel is not linear and weight.dtype in (torch.float32, torch.bfloat16))
 
 
 def _groups(children: dict[str, nn.Linear]) -> list[tuple[str, ...]]:

@@ -66,19 +66,20 @@ def test_of_a_large_model_the_faster_layout_is_taken_and_a_small_one_is_not_time
 
         return found
 
-    monkeypatch.setattr(packed_module, "linear", costing(stored_s, packed_module.linear))
+    stored = costing(stored_s, packed_module.linear)
+    monkeypatch.setattr(packed_module, "linear", stored)
     monkeypatch.setattr(packed_module, "_packed_product", costing(packed_s, packed_module._packed_product))
     monkeypatch.setattr(packed_module.time, "perf_counter", lambda: clock[0])
     layers = [nn.Linear(300, 400, bias=False).requires_grad_(False) for _ in range(3)]
     model = nn.Sequential(*layers)
     x = torch.randn(5, 300)
-    assert fastest_layout([layers], 5) == "onednn"
+    assert fastest_layout([layers], 5, stored) == "onednn"
     assert clock == [0.0]
     monkeypatch.setattr(packed_module, "_TIMED_BYTES", 2 * 300 * 400 * 4)
     groups = [[layer] for layer in layers]
-    assert fastest_layout(groups, 5) == expected
+    assert fastest_layout(groups, 5, stored) == expected
     assert clock[0] == pytest.approx(4 * 2 * (stored_s + packed_s)), "two of three layers, four times each"
-    assert pack_linears(model, rows=5) == 3
+    assert pack_linears(model, rows=5, compiled=False) == 3
     for layer, replaced in zip(layers, model, strict=True):
         assert isinstance(replaced, PackedLinear)
         assert replaced.packed.layout == expected
@@ -107,8 +108,8 @@ def test_siblings_are_one_product_for_one_input_and_right_for_any() -> None:
                 torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-5)
     packed = model.q_proj.packed
     calls = []
-    kernel = packed._kernel
-    packed._kernel = lambda *args: calls.append(1) or kernel(*args)
+    kernel = packed.kernel
+    packed.kernel = lambda *args: calls.append(1) or kernel(*args)
     for _ in range(2):
         x.copy_(torch.randn(2, 5, 256))  # the same tensor with other values, a round later
         for name in names:
@@ -123,5 +124,5 @@ def test_what_may_change_or_has_no_kernel_is_left_alone(monkeypatch: pytest.Monk
     assert pack_linears(model, rows=5) == 0
     model[0].requires_grad_(False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert pack_linears(model, rows=5) == 0
+    assert pack_linears(model, rows=5, compiled=False) == 0
     assert all(type(layer) is nn.Linear for layer in model)
