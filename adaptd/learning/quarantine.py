@@ -78,14 +78,17 @@ def take_back(store: CheckpointStore, to: int, refused: Sequence[int], reason: s
     Raises:
       CheckpointError: the store cannot be written.
     """
-    parents = lineage(_manifests(store))
     quarantine = Quarantine(dict.fromkeys(refused, reason))
     reasons = {version: reason for version in refused if version > 0}
-    for version in parents:
-        if version not in reasons and quarantine.refusal(version, parents):
-            reasons[version] = f"learned from version {_nearest(version, refused, parents)}"
-    quarantine_file(store).add(reasons)
-    if (current := store.current() or 0) not in reasons:
+    for _ in range(2):
+        parents = lineage(_manifests(store))
+        for version in parents:
+            if version not in reasons and quarantine.refusal(version, parents):
+                reasons[version] = f"learned from version {_nearest(version, refused, parents)}"
+        quarantine_file(store).add(reasons)
+        if (current := store.current() or 0) in (0, *parents):
+            break  # else a tick published since the versions were read
+    if current not in reasons:
         return store.manifest(current)
     note = f"version {', '.join(map(str, refused))} was rolled back: {reason}"
     try:

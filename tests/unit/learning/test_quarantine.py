@@ -1,6 +1,7 @@
 """Going back, and what may not come again: over a real store with tiny tensors."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from adaptd.errors import VersionQuarantined
 from adaptd.learning.quarantine import promote, quarantine_file, refusals, roll_back, take_back
 from checkpoints.manifest import Manifest
+from checkpoints.quarantine import QuarantineFile
 from checkpoints.store import CheckpointStore
 
 
@@ -52,6 +54,24 @@ def test_what_was_published_meanwhile_goes_back_too_and_stays_quarantined_withou
         promote(store, 3)
     assert publish(store, 5).version == 5
     assert 5 not in refusals(store), "learning goes on from what was restored"
+
+
+def test_a_child_that_is_published_while_its_parent_is_taken_back_goes_back_too(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store, 1)
+    publish(store, 2)
+    add, children = QuarantineFile.add, []
+
+    def late(file: QuarantineFile, reasons: Mapping[int, str]) -> None:
+        if not children:  # the versions have been read, nothing is entered yet
+            children.append(publish(store, 3))
+        add(file, reasons)
+
+    monkeypatch.setattr(QuarantineFile, "add", late)
+    assert take_back(store, 1, [2], "acceptance fell").version == 4
+    assert serving(store) == 1.0
+    assert set(refusals(store)) == {2, 3}
 
 
 def test_nothing_goes_back_when_somebody_went_back_already(store: CheckpointStore) -> None:
