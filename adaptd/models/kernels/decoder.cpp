@@ -11,6 +11,7 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include "amx.h"
 #include "attention.h"
 
 namespace adaptd {
@@ -63,11 +64,11 @@ Tensor stored_product(const Tensor& x, const Tensor& weight, const Maybe& bias) 
   }
   std::vector<float> found(rows * out);
   const auto* w = weight.const_data_ptr<c10::BFloat16>();
-#if defined(__AVX512BF16__)
-  product(given.const_data_ptr<c10::BFloat16>(), in, w, weight.stride(0), added.at, found.data(), out, rows, out, in);
-#else
-  product(Floats(given).at, in, w, weight.stride(0), added.at, found.data(), out, rows, out, in);
-#endif
+  const auto* from = given.const_data_ptr<c10::BFloat16>();
+  if (amx_takes(rows, in))
+    amx_product(from, in, w, weight.stride(0), added.at, found.data(), out, rows, out, in);
+  else
+    product(from, in, w, weight.stride(0), added.at, found.data(), out, rows, out, in);
   auto* to = y.mutable_data_ptr<c10::BFloat16>();
   for (int64_t i = 0; i < rows * out; ++i) to[i] = static_cast<c10::BFloat16>(found[i]);
   return y;

@@ -19,7 +19,7 @@ from adaptd.decoding.runner import ModelRunner
 from adaptd.models import compiled
 from adaptd.models.compiled import kernels, stored_product
 from adaptd.models.native import MOST_POSITIONS
-from adaptd.models.packed import PackedLinear, can_pack, pack_linears
+from adaptd.models.packed import Packed, PackedLinear, can_pack, pack_linears
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
 from tests.unit.models.test_lean import CASES, model
 
@@ -140,7 +140,7 @@ def test_a_long_pass_and_the_first_one_are_python_s() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_product_with_a_stored_weight(bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    for size, out in ((64, 32), (70, 33), (7, 3), (1000, 129)):
+    for size, out in ((64, 32), (70, 33), (7, 3), (1000, 129), (960, 200)):
         weight = torch.randn(out, size + 8).to(dtype)[:, :size]
         given = torch.randn(out).to(dtype) if bias else None
         for shape in ((1,), (2, 3), (16,), (17,), (3, 50), (0,)):
@@ -152,6 +152,22 @@ def test_the_product_with_a_stored_weight(bias: bool, dtype: torch.dtype) -> Non
             if right.numel():
                 tolerance = {torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype] * float(right.abs().max())
                 torch.testing.assert_close(got.double(), right, atol=tolerance, rtol=0)
+
+
+@needs_compiler
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="no bfloat16 in oneDNN's kernels")
+def test_between_products_of_onednn() -> None:
+    """Both may use the processor's matrix unit, whose settings a thread keeps from one product to the next."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(384, 256, bias=False).bfloat16().requires_grad_(False) for _ in range(2)]
+    packed = [Packed([layer], 5) for layer in layers]
+    x = torch.randn(5, 384).bfloat16()
+    right = [layer(x) for layer in layers]
+    for _ in range(5):
+        for i in range(2):
+            theirs, ours = packed[i].product(x, first=True, last=True), stored_product(x, layers[1 - i].weight, None)
+            torch.testing.assert_close(theirs, right[i], atol=0.02, rtol=0.02)
+            torch.testing.assert_close(ours, right[1 - i], atol=0.02, rtol=0.02)
 
 
 @needs_compiler
