@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adaptd.decoding.request import DecodeRequest
 from adaptd.decoding.sampling import RowParams
+from adaptd.models.compiled import kernels
 from buffers.trace import NO_TOKEN, Branches, Source, Trace, is_reserved
 from policies.surprise import PRIORITY_FLOOR, surprise_ratio
 from policies.tail import draw_tail
@@ -92,10 +93,16 @@ class RoundPacker:
     """Packs rounds into int32 words [B, width] and unpacks the words of one request into a Trace.
 
     A round of fewer than k proposals is packed as it is and spread over the fields of a full one on the host.
+
+    Args:
+      k: most proposals of a round.
+      vocab_size: tokens that target and draft both have.
+      config: what to keep; None: tokens alone.
+      compiled: one call of compiled code on a CPU (`adaptd.models.compiled`).
     """
 
-    def __init__(self, k: int, vocab_size: int, config: CaptureConfig | None) -> None:
-        self.k, self.config = k, config
+    def __init__(self, k: int, vocab_size: int, config: CaptureConfig | None, *, compiled: bool = True) -> None:
+        self.k, self.config, self._compiled = k, config, compiled
         if config is not None:
             self.k_top, self.k_draft = min(config.k_top, vocab_size), min(config.k_draft, vocab_size)
             self.k_branch = min(config.k_branch, self.k_top) if config.positions == "all" else 0
@@ -121,10 +128,14 @@ class RoundPacker:
 
     def pack(self, played: Round, params: RowParams, observe: bool) -> Words:
         """The round on the host, [B, width], or [B, k+2] if there is nothing to observe. The only copy of a round."""
-        heads = torch.cat((played.tokens, played.n_accepted[:, None]), dim=1).int()
-        if self.config is not None and observe:
-            heads = torch.cat((heads, *self._observe(played, params)), dim=1)
-        words: Words = heads.cpu().numpy()
+        watched = self.config is not None and observe
+        if watched and self._compiled and played.target_logits.device.type == "cpu" and kernels() is not None:
+            found = self._words(played, params)
+        else:
+            found = torch.cat((played.tokens, played.n_accepted[:, None]), dim=1).int()
+            if watched:
+                found = torch.cat((found, *self._observe(played, params)), dim=1)
+        words: Words = found.cpu().numpy()
         drafted = played.proposals.shape[1]
         return words if drafted == self.k else self._spread(words, drafted)
 
@@ -139,6 +150,23 @@ class RoundPacker:
                 wide[:, start : start + short.stop - short.start] = words[:, short]
         return wide
 
+    def _words(self, played: Round, params: RowParams) -> Tensor:
+        """As tokens and `_observe` together, int32 [B, *], by one call of compiled code."""
+        everywhere = self.config is not None and self.config.positions == "all"
+        found: Tensor = torch.ops.adaptd.round_words.default(
+            *(played.tokens, played.n_accepted, played.proposals, played.target_logits, played.draft_logits, played.p),
+            *(params.greedy, self._offset(played.target_logits), self.k_top, self.k_tail, self.k_draft, everywhere),
+        )
+        return found
+
+    def _offset(self, target: Tensor) -> Tensor | None:
+        """What places the draws at each position, [B, k+1] in [0, 1); None if there are none."""
+        if not self.k_tail:
+            return None
+        if self._offsets is None:
+            self._offsets = torch.Generator(target.device).manual_seed(0)
+        return torch.rand(target.shape[:2], generator=self._offsets, device=target.device)
+
     def _observe(self, played: Round, params: RowParams) -> list[Tensor]:
         """The capture's columns in the order of their fields, int32 [B, *]."""
         rows = torch.arange(played.tokens.shape[0], device=played.tokens.device)
@@ -152,14 +180,13 @@ class RoundPacker:
         if played.p is not None:
             warped = played.p.gather(2, emitted).squeeze(2).log()
             served = torch.where(params.greedy[:, None], served, warped) if params.any_greedy else warped
+        offset = self._offset(target)
         if self.config is not None and self.config.positions == "rejected":
             target, target_mass = target[rows, at][:, None], target_mass[rows, at][:, None]
+            offset = None if offset is None else offset[rows, at][:, None]
         best = target.topk(self.k_top, dim=-1)
         judged = [best.indices.flatten(1).int(), _bits((best.values - target_mass[..., None]).flatten(1))]
-        if self.k_tail:
-            if self._offsets is None:
-                self._offsets = torch.Generator(target.device).manual_seed(0)
-            offset = torch.rand(target.shape[:-1], generator=self._offsets, device=target.device)
+        if offset is not None:
             judged.append(draw_tail(target, best.indices, self.k_tail, offset).flatten(1).int())
         draft = played.draft_logits
         if draft is None:

@@ -119,7 +119,8 @@ class SpeculativeDecoder:
             for model in (target, draft)
         )
         self.vocab_size = self._target.vocab_size
-        self._packer = RoundPacker(k, min(self._target.vocab_size, self._draft.vocab_size), capture)
+        shared = min(self._target.vocab_size, self._draft.vocab_size)
+        self._packer = RoundPacker(k, shared, capture, compiled=compiled)
         self.device = self._target.device
         self._recall = None if recall is None else RecallRound(recall, capacity, self.device)
         self._drafter = Drafter(self._draft, self.vocab_size, self._recall)

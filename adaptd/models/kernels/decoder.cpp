@@ -13,6 +13,7 @@
 
 #include "amx.h"
 #include "attention.h"
+#include "words.h"
 
 namespace adaptd {
 
@@ -75,6 +76,26 @@ Tensor stored_product(const Tensor& x, const Tensor& weight, const Maybe& bias) 
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
+// See words.h: one round on the host, int32 [B, width].
+Tensor round_words(const Tensor& tokens, const Tensor& accepted, const Tensor& proposals, const Tensor& target,
+                   const Maybe& draft, const Maybe& p, const Tensor& greedy, const Maybe& offsets, int64_t k_top, int64_t k_tail,
+                   int64_t k_draft, bool everywhere) {
+  const int64_t batch = tokens.size(0), k = proposals.size(1);
+  const Tensor held[] = {tokens.contiguous(), accepted.contiguous(), proposals.contiguous(), target.contiguous(), greedy.contiguous(),
+                         draft ? draft->contiguous() : Tensor(), p ? p->contiguous() : Tensor(),
+                         offsets ? offsets->contiguous() : Tensor()};
+  const auto floats = [&](int i) { return held[i].defined() ? held[i].const_data_ptr<float>() : nullptr; };
+  const Played played{held[0].const_data_ptr<int64_t>(), held[1].const_data_ptr<int64_t>(), held[2].const_data_ptr<int64_t>(),
+                      floats(3), floats(5), floats(6), floats(7), held[4].const_data_ptr<bool>()};
+  const Sizes sizes{k, target.size(2), draft ? draft->size(2) : 0, k_top, k_tail, k_draft, everywhere};
+  const Tensor words = at::empty({batch, sizes.width()}, target.options().dtype(at::kInt));
+  int32_t* to = words.mutable_data_ptr<int32_t>();
+  at::parallel_for(0, batch, 1, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) words_of(sizes, played, b, to + b * sizes.width());
+  });
+  return words;
+}
 
 // A linear layer, with what was learned beside it in float32: y = W x + b + up (s o down x), o the openness of x's row.
 //
@@ -322,6 +343,10 @@ struct Decoder : torch::CustomClassHolder {
 TORCH_LIBRARY(adaptd, m) {
   using namespace adaptd;
   m.def("stored_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor", stored_product);
+  m.def(
+      "round_words(Tensor tokens, Tensor accepted, Tensor proposals, Tensor target, Tensor? draft, Tensor? p, Tensor greedy, "
+      "Tensor? offsets, int k_top, int k_tail, int k_draft, bool everywhere) -> Tensor",
+      round_words);
   m.class_<Linear>("Linear").def(torch::init<Tensor, Maybe, bool, Maybe, Maybe, double, double>());
   m.class_<Layer>("Layer").def(torch::init<std::vector<LinearRef>, LinearRef, std::vector<LinearRef>, LinearRef, std::vector<Tensor>,
                                            std::vector<double>, std::vector<int64_t>, double, bool>());

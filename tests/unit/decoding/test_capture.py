@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from adaptd.decoding.capture import CaptureConfig, Round, RoundPacker, surprise_
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.request import DecodeRequest, Finished, SamplingParams
 from adaptd.decoding.sampling import RowParams, warp
+from adaptd.models.compiled import kernels
 from buffers.trace import NO_TOKEN, Source, Trace, is_reserved
 from policies.surprise import PRIORITY_FLOOR
 from tests.unit.decoding.tiny import disturb, make_draft, make_model, make_prompts, serve
@@ -21,6 +23,44 @@ VOCAB = 61
 
 def logits_of(probs: list[list[float]]) -> torch.Tensor:
     return torch.tensor([probs]).log()
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("positions", ["all", "rejected"])
+@pytest.mark.parametrize("k", [0, 1, 4])
+@pytest.mark.parametrize("vocab", [61, 4099])
+def test_compiled_words_are_those_of_the_framework(vocab: int, k: int, positions: Literal["all", "rejected"]) -> None:
+    """Three rows, the second of them greedy; a number of proposals below the most too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def logits(count: int) -> torch.Tensor:
+        return 4.0 * torch.randn(3, count, vocab, generator=generator)
+
+    def tokens(count: int) -> torch.Tensor:
+        return torch.randint(0, vocab, (3, count), generator=generator)
+
+    target = logits(k + 1)
+    for draft, p in ((logits(k) if k else None, (0.7 * target).softmax(-1)), (None, None)):
+        if draft is None and k:
+            continue
+        rows = [SamplingParams(temperature=0.0 if p is None else t) for t in (0.7, 0.0, 0.7)]
+        accepted = torch.randint(0, k + 1, (3,), generator=generator)
+        played = Round(target, draft, p, tokens(k), accepted, tokens(k + 1))
+        config = CaptureConfig(k_top=8, k_tail=5, k_draft=3, k_branch=8, positions=positions)
+        params = RowParams.build(rows, vocab, CPU)
+        packers = [RoundPacker(4, vocab, config, compiled=compiled) for compiled in (True, False)]
+        got, right = (packer.pack(played, params, observe=True) for packer in packers)
+        assert got.shape == right.shape
+        for name, at in packers[0]._at.items():
+            mine, theirs = got[:, at], right[:, at]
+            if name == "tail_ids":
+                # Marks that fall on a border of two tokens may fall on either side of it.
+                assert (mine == theirs).mean() > 0.97
+            elif "logprob" in name:
+                floats = [np.ascontiguousarray(words).view(np.float32) for words in (mine, theirs)]
+                np.testing.assert_allclose(*floats, rtol=1e-5, atol=1e-5)
+            else:
+                np.testing.assert_array_equal(mine, theirs)
 
 
 def test_a_hand_made_sequence_of_three_tokens_is_judged_by_the_rows_before_its_tokens() -> None:
