@@ -11,7 +11,7 @@
 namespace adaptd {
 
 // Rows above which a library's product, which blocks for the caches, is faster.
-constexpr int64_t FEW_ROWS = 16;
+constexpr int64_t FEW_ROWS = 96;
 // Bytes ahead of what is multiplied that are asked for: without, memory gives two thirds of what it could.
 constexpr int64_t AHEAD = 1024;
 // Multiplications that are worth a second thread.
@@ -48,7 +48,8 @@ struct Dot<c10::BFloat16, c10::BFloat16> {
 };
 #endif
 
-template <int OUT, int ROWS, bool ADD, class X, class W>
+// ASK: whether these rows of w are read for the first time, so that what follows them is to be asked for.
+template <int OUT, int ROWS, bool ADD, bool ASK, class X, class W>
 inline void tile(const X* x, int64_t ldx, const W* w, int64_t ldw, const float* bias, float* y, int64_t ldy, int64_t in) {
   using D = Dot<X, W>;
   constexpr int64_t ahead = AHEAD / sizeof(W);
@@ -61,7 +62,7 @@ inline void tile(const X* x, int64_t ldx, const W* w, int64_t ldw, const float* 
     const int64_t next = k + ahead < in ? k + ahead : OUT * ldw + k + ahead - in;
     for (int n = 0; n < OUT; ++n) {
       const auto b = D::read(w + n * ldw + k);
-      __builtin_prefetch(w + n * ldw + next);
+      if constexpr (ASK) __builtin_prefetch(w + n * ldw + next);
       for (int r = 0; r < ROWS; ++r) D::add(found[n][r], a[r], b);
     }
   }
@@ -76,19 +77,26 @@ inline void tile(const X* x, int64_t ldx, const W* w, int64_t ldw, const float* 
     }
 }
 
-template <int OUT, bool ADD, class X, class W>
-inline void rows_of(const X* x, int64_t ldx, const W* w, int64_t ldw, const float* bias, float* y, int64_t ldy,
-                    int64_t rows, int64_t in) {
-  int64_t r = 0;
-  for (; r + TILE_ROWS <= rows; r += TILE_ROWS) tile<OUT, TILE_ROWS, ADD>(x + r * ldx, ldx, w, ldw, bias, y + r * ldy, ldy, in);
-  x += r * ldx;
-  y += r * ldy;
-  switch (rows - r) {
-    case 4: return tile<OUT, 4, ADD>(x, ldx, w, ldw, bias, y, ldy, in);
-    case 3: return tile<OUT, 3, ADD>(x, ldx, w, ldw, bias, y, ldy, in);
-    case 2: return tile<OUT, 2, ADD>(x, ldx, w, ldw, bias, y, ldy, in);
-    case 1: return tile<OUT, 1, ADD>(x, ldx, w, ldw, bias, y, ldy, in);
+template <int OUT, bool ADD, bool ASK, class X, class W>
+inline void last_rows(const X* x, int64_t ldx, const W* w, int64_t ldw, const float* bias, float* y, int64_t ldy, int64_t rows,
+                      int64_t in) {
+  switch (rows) {
+    case 4: return tile<OUT, 4, ADD, ASK>(x, ldx, w, ldw, bias, y, ldy, in);
+    case 3: return tile<OUT, 3, ADD, ASK>(x, ldx, w, ldw, bias, y, ldy, in);
+    case 2: return tile<OUT, 2, ADD, ASK>(x, ldx, w, ldw, bias, y, ldy, in);
+    case 1: return tile<OUT, 1, ADD, ASK>(x, ldx, w, ldw, bias, y, ldy, in);
   }
+}
+
+template <int OUT, bool ADD, class X, class W>
+inline void rows_of(const X* x, int64_t ldx, const W* w, int64_t ldw, const float* bias, float* y, int64_t ldy, int64_t rows,
+                    int64_t in) {
+  if (rows < TILE_ROWS) return last_rows<OUT, ADD, true>(x, ldx, w, ldw, bias, y, ldy, rows, in);
+  tile<OUT, TILE_ROWS, ADD, true>(x, ldx, w, ldw, bias, y, ldy, in);
+  int64_t r = TILE_ROWS;
+  for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
+    tile<OUT, TILE_ROWS, ADD, false>(x + r * ldx, ldx, w, ldw, bias, y + r * ldy, ldy, in);
+  last_rows<OUT, ADD, false>(x + r * ldx, ldx, w, ldw, bias, y + r * ldy, ldy, rows - r, in);
 }
 
 // y [rows, out] = x [rows, in] w^T + bias, or added to y; by one thread.

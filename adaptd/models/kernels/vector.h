@@ -15,7 +15,7 @@ namespace adaptd {
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 // Accumulators of a tile of a product, TILE_OUT x TILE_ROWS, and its operands fit the registers.
-constexpr int TILE_OUT = 4, TILE_ROWS = 5;
+constexpr int TILE_OUT = 5, TILE_ROWS = 5;
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
 constexpr int TILE_OUT = 2, TILE_ROWS = 5;

@@ -143,7 +143,7 @@ def test_the_product_with_a_stored_weight(bias: bool, dtype: torch.dtype) -> Non
     for size, out in ((64, 32), (70, 33), (7, 3), (1000, 129), (960, 200)):
         weight = torch.randn(out, size + 8).to(dtype)[:, :size]
         given = torch.randn(out).to(dtype) if bias else None
-        for shape in ((1,), (2, 3), (16,), (17,), (3, 50), (0,)):
+        for shape in ((1,), (2, 3), (16,), (17,), (40,), (3, 50), (0,)):
             x = torch.randn(*shape, size).to(dtype)
             right = linear(x.double(), weight.double(), None if given is None else given.double())
             got = stored_product(x, weight, given)
