@@ -26,7 +26,7 @@ from adaptd.decoding.runner import ModelRunner
 from adaptd.models.cache import round_up
 
 #: Rounds that one chunk may take while others are answered.
-STALL = 2.0
+STALL = 4.0
 #: Rounds that one pass may take while nobody is here: who comes then waits for half of it on average.
 PASS = 0.5
 #: Shortest chunk for the sake of the others: shorter ones read weights for hardly anything.

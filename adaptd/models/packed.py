@@ -160,7 +160,7 @@ def pack_linears(model: nn.Module, *, rows: int, compiled: bool = True) -> int:
 def fastest_layout(groups: Sequence[Sequence[nn.Linear]], rows: int, kernel: Product = linear) -> Layout:
     """The layout in which the first of these layers, each group as one product, take less time on `rows` rows of input.
 
-    With the threads that are set; takes a tenth to a fifth of a second. A small model is not timed: in float32 a compiled
+    With the threads that are set; takes a tenth to a fifth of a second. A small model is not timed: a compiled
     `kernel` for the stored layout is taken, else "onednn".
     """
     dtype = groups[0][0].weight.dtype if groups else torch.float32
@@ -169,7 +169,7 @@ def fastest_layout(groups: Sequence[Sequence[nn.Linear]], rows: int, kernel: Pro
     sizes = np.cumsum([sum(layer.weight.nbytes for layer in group) for group in groups])
     enough = int((sizes < _TIMED_BYTES).sum()) + 1
     if enough > len(groups):
-        return "stored" if kernel is not linear and dtype is torch.float32 else "onednn"
+        return "onednn" if kernel is linear else "stored"
     weights = [torch.cat([layer.weight.detach() for layer in group]) for group in groups[:enough]]
     inputs = {w.shape[1]: torch.ones(rows, w.shape[1], dtype=w.dtype) for w in weights}
     packed = [_reordered(w, rows) for w in weights]

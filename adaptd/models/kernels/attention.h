@@ -68,44 +68,42 @@ inline void turned(const T* x, const T* weight, float eps, const float* cos, con
 template <class T>
 inline void attend(const float* queries, int64_t m, const T* keys, const T* values, const T* const* masks, int64_t seen,
                    int64_t dim, T* const* out) {
+  // Filled up to whole vectors: where a row ends, which depends on the queries beside it, then changes no sum.
+  const int64_t padded = (seen + LANES - 1) / LANES * LANES;
   thread_local std::vector<float> scores;
-  scores.resize(m * seen);
-  product_of<false>(queries, dim, keys, dim, nullptr, scores.data(), seen, m, seen, dim);
+  scores.resize(m * padded);
+  product_of<false>(queries, dim, keys, dim, nullptr, scores.data(), padded, m, seen, dim);
   for (int64_t q = 0; q < m; ++q) {
-    float* row = scores.data() + q * seen;
+    float* row = scores.data() + q * padded;
     const T* mask = masks[q];
     Vec most = Vec{} - INFINITY;
-    int64_t i = 0;
-    for (; i + LANES <= seen; i += LANES) {
-      const Vec v = load(row + i) + load(mask + i);
+    for (int64_t i = 0; i < padded; i += LANES) {
+      const int64_t part = seen - i;
+      const Vec v = load(row + i) + (part < LANES ? load_part(mask + i, part) : load(mask + i));
       store(row + i, v);
-      most = v > most ? v : most;
+      if (part < LANES) std::fill(row + seen, row + padded, -INFINITY);
+      const Vec there = load(row + i);
+      most = there > most ? there : most;
     }
-    float top = largest(most);
-    for (; i < seen; ++i) {
-      row[i] += static_cast<float>(mask[i]);
-      top = std::max(top, row[i]);
-    }
+    const float top = largest(most);
     Vec total = {};
-    float rest = 0.0f;
-    for (i = 0; i + LANES <= seen; i += LANES) {
+    for (int64_t i = 0; i < padded; i += LANES) {
       const Vec v = exponential(load(row + i) - top);
       store(row + i, v);
       total += v;
     }
-    for (; i < seen; ++i) rest += row[i] = std::exp(std::max(row[i] - top, -87.0f));
-    const float scale = 1.0f / (sum(total) + rest);
-    for (i = 0; i < seen; ++i) row[i] *= scale;
+    const float scale = 1.0f / sum(total);
+    for (int64_t i = 0; i < padded; i += LANES) store(row + i, load(row + i) * scale);
   }
   for (int64_t first = 0; first < m; first += TILE_ROWS) {
     const int64_t some = std::min<int64_t>(TILE_ROWS, m - first);
-    const float* row = scores.data() + first * seen;
+    const float* row = scores.data() + first * padded;
     for (int64_t d = 0; d < dim; d += LANES) {
       const int64_t part = std::min<int64_t>(LANES, dim - d);
       Vec found[TILE_ROWS] = {};
       for (int64_t i = 0; i < seen; ++i) {
         const Vec v = part < LANES ? load_part(values + i * dim + d, part) : load(values + i * dim + d);
-        for (int64_t r = 0; r < some; ++r) found[r] += row[r * seen + i] * v;
+        for (int64_t r = 0; r < some; ++r) found[r] += row[r * padded + i] * v;
       }
       for (int64_t r = 0; r < some; ++r)
         part < LANES ? store_part(out[first + r] + d, found[r], part) : store(out[first + r] + d, found[r]);

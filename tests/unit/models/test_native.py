@@ -124,6 +124,25 @@ def test_a_row_s_logits_do_not_depend_on_the_rows_beside_it() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", BOTH)
+def test_what_is_verified_is_what_plain_decoding_computes(dtype: torch.dtype) -> None:
+    """To the last bit: positions judged in one pass have the logits that each has in a pass of its own."""
+    whole = model("llama").to(dtype)
+    pack_linears(whole, rows=5, compiled=True)
+    if whole.model.layers[0].self_attn.q_proj.packed.layout != "stored":
+        pytest.skip("oneDNN's layout is taken here, whose products are another library's")
+    runner, _ = runners(whole)
+    answers(runner, 1, 8, [[8]])
+    fed, positions = torch.arange(20, 25)[None], torch.arange(50, 55)[None]
+    with torch.inference_mode():
+        at_once = runner.forward(fed, positions, runner.masks(positions, 64), 0, 64, last_only=False)
+        for i in range(5):
+            one = positions[:, i : i + 1]
+            alone = runner.forward(fed[:, i : i + 1], one, runner.masks(one, 64), 0, 64, last_only=True)
+            assert torch.equal(alone[0, 0], at_once[0, i])
+
+
+@needs_compiler
 def test_a_long_pass_and_the_first_one_are_python_s() -> None:
     whole = model("llama")
     runner, _ = runners(whole)
