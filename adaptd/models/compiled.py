@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,12 +61,19 @@ def library() -> Path:
 
     Raises: OSError, SubprocessError: there is no compiler, or it failed.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [c for c in map(shutil.which, ("g++", "clang++")) if c][:1]
+    if not compiler:
         raise OSError("no C++ compiler was found")
     sources = sorted(_SOURCES.iterdir())
     known = hashlib.sha256()
-    for text in (*_FLAGS, compiler, torch.__version__, platform.machine(), _processor(), *map(Path.read_text, sources)):
+    for text in (
+        *_FLAGS,
+        *compiler,
+        torch.__version__,
+        platform.machine(),
+        _processor(),
+        *map(Path.read_text, sources),
+    ):
         known.update(text.encode() + b"\0")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adaptd" / "kernels"
     found = folder / f"{known.hexdigest()[:16]}.so"
@@ -84,7 +92,7 @@ def library() -> Path:
     return found
 
 
-def _command(compiler: str, library: Path) -> list[str]:
+def _command(compiler: Sequence[str], library: Path) -> list[str]:
     root = Path(torch.__file__).parent
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     # OpenMP's runtime is not linked: torch has loaded its own, and a second one would have threads of its own.
@@ -95,7 +103,7 @@ def _command(compiler: str, library: Path) -> list[str]:
     )
     libraries = ["-lc10", "-ltorch_cpu"]
     return [
-        *(compiler, *_FLAGS, native, "-shared", "-isystem", str(root / "include"), str(_SOURCES / _MAIN)),
+        *(*compiler, *_FLAGS, native, "-shared", "-isystem", str(root / "include"), str(_SOURCES / _MAIN)),
         *("-o", str(library), f"-L{root / 'lib'}", *libraries, *link),
     ]
 

@@ -53,7 +53,9 @@ struct Floats {
 // x [..., in] of the weight's type; a weight [out, in] as it is stored.
 Tensor stored_product(const Tensor& x, const Tensor& weight, const Maybe& bias) {
   const int64_t in = weight.size(1), out = weight.size(0), rows = x.numel() / std::max<int64_t>(in, 1);
-  if (rows > FEW_ROWS || weight.stride(1) != 1) return at::linear(x, weight, bias);
+  const bool tiles = weight.scalar_type() == at::kBFloat16 && amx_takes(rows, in);
+  const int64_t most = tiles || weight.scalar_type() == at::kFloat ? FEW_ROWS : FEW_BFLOAT_ROWS;
+  if (rows > most || weight.stride(1) != 1) return at::linear(x, weight, bias);
   const Tensor given = x.contiguous();
   auto shape = x.sizes().vec();
   shape.back() = out;
@@ -66,7 +68,7 @@ Tensor stored_product(const Tensor& x, const Tensor& weight, const Maybe& bias) 
   std::vector<float> found(rows * out);
   const auto* w = weight.const_data_ptr<c10::BFloat16>();
   const auto* from = given.const_data_ptr<c10::BFloat16>();
-  if (amx_takes(rows, in))
+  if (tiles)
     amx_product(from, in, w, weight.stride(0), added.at, found.data(), out, rows, out, in);
   else
     product(from, in, w, weight.stride(0), added.at, found.data(), out, rows, out, in);

@@ -12,6 +12,8 @@ namespace adaptd {
 
 // Rows above which a library's product, which blocks for the caches, is faster.
 constexpr int64_t FEW_ROWS = 96;
+// The same in bfloat16, where libraries have the processor's own products of it.
+constexpr int64_t FEW_BFLOAT_ROWS = 16;
 // Bytes ahead of what is multiplied that are asked for: without, memory gives two thirds of what it could.
 constexpr int64_t AHEAD = 1024;
 // Multiplications that are worth a second thread.
