@@ -13,6 +13,7 @@ from typing import Literal
 import ray
 import torch
 
+from adaptd.actors.parts import placement
 from adaptd.app.check import Check
 from adaptd.app.doctor_vllm import vllm_checks
 from adaptd.app.state import find_daemon
@@ -70,10 +71,10 @@ def _models(config: Config) -> Iterator[Check]:
 
 
 def _kernels(config: Config) -> Iterator[Check]:
-    if config.engine.kind == "vllm" or not config.engine.compiled:
+    if config.engine.kind == "vllm" or not config.engine.compiled or placement(config, 0)[0] != "cpu":
         return
     try:
-        yield Check("kernels", "ok", f"compiled: {compiled.library()}")
+        yield Check("kernels", "ok", f"compiled: {compiled.load()}")
     except compiled.FAILURES as error:
         yield Check("kernels", "warning", f"decoding on a CPU runs without them: {error}", compiled.REMEDY)
 

@@ -98,11 +98,12 @@ class RoundPacker:
       k: most proposals of a round.
       vocab_size: tokens that target and draft both have.
       config: what to keep; None: tokens alone.
-      compiled: one call of compiled code on a CPU (`adaptd.models.compiled`).
+      compiled: rounds are on a CPU, and one call of compiled code is to pack them (`adaptd.models.compiled`).
     """
 
     def __init__(self, k: int, vocab_size: int, config: CaptureConfig | None, *, compiled: bool = True) -> None:
-        self.k, self.config, self._compiled = k, config, compiled
+        self.k, self.config = k, config
+        self._compiled = compiled and config is not None and kernels() is not None
         if config is not None:
             self.k_top, self.k_draft = min(config.k_top, vocab_size), min(config.k_draft, vocab_size)
             self.k_branch = min(config.k_branch, self.k_top) if config.positions == "all" else 0
@@ -129,7 +130,7 @@ class RoundPacker:
     def pack(self, played: Round, params: RowParams, observe: bool) -> Words:
         """The round on the host, [B, width], or [B, k+2] if there is nothing to observe. The only copy of a round."""
         watched = self.config is not None and observe
-        if watched and self._compiled and played.target_logits.device.type == "cpu" and kernels() is not None:
+        if watched and self._compiled:
             found = self._words(played, params)
         else:
             found = torch.cat((played.tokens, played.n_accepted[:, None]), dim=1).int()

@@ -120,8 +120,8 @@ class SpeculativeDecoder:
         )
         self.vocab_size = self._target.vocab_size
         shared = min(self._target.vocab_size, self._draft.vocab_size)
-        self._packer = RoundPacker(k, shared, capture, compiled=compiled)
         self.device = self._target.device
+        self._packer = RoundPacker(k, shared, capture, compiled=compiled and self.device.type == "cpu")
         self._recall = None if recall is None else RecallRound(recall, capacity, self.device)
         self._drafter = Drafter(self._draft, self.vocab_size, self._recall)
         self._offsets = torch.arange(-2, k, device=self.device)

@@ -43,7 +43,7 @@ def kernels() -> Any | None:
     The first call on a machine compiles, which takes some 20 seconds; another process that asks meanwhile waits. Thread-safe.
     """
     try:
-        torch.ops.load_library(str(library()))
+        load()
     except FAILURES as error:
         _log.warning(events.KERNELS_MISSING, error=str(error), remedy=REMEDY)
         return None
@@ -53,6 +53,13 @@ def kernels() -> Any | None:
 def stored_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`torch.nn.functional.linear` for a few rows and a weight as it is stored; needs `kernels`."""
     found: torch.Tensor = torch.ops.adaptd.stored_product.default(x, weight, bias)
+    return found
+
+
+def load() -> Path:
+    """Builds the library where there is none, and loads it; which it is. Raises: one of `FAILURES`."""
+    found = library()
+    torch.ops.load_library(str(found))
     return found
 
 

@@ -18,9 +18,8 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from adaptd.models.cache import FULL, GROUPED_SDPA, RaggedCache
 from adaptd.models.layers import is_silu
-from adaptd.models.lora import LoraLayer
-from adaptd.models.native import native_pass
-from adaptd.models.packed import PackedLinear
+from adaptd.models.native import native_pass, stacked
+from adaptd.models.packed import Packed
 
 #: Architectures whose layer is: norm, attention with rotary positions, add, norm, feed-forward, add.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")
@@ -153,11 +152,8 @@ def _plain(model: nn.Module) -> Any:
 
 def _stacked(*layers: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The one product of all these layers, if there is one."""
-    packed = {layer.packed for layer in layers if isinstance(layer, PackedLinear)}
-    wide = {layer.wide for layer in layers if isinstance(layer, LoraLayer)}
-    if len(packed) == 1 and all(isinstance(layer, PackedLinear) for layer in layers):
-        return partial(packed.pop().product, first=True, last=True)
-    return wide.pop() if len(wide) == 1 and all(isinstance(layer, LoraLayer) for layer in layers) else None
+    one = stacked(*layers)
+    return partial(one.product, first=True, last=True) if isinstance(one, Packed) else one
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:

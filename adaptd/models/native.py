@@ -17,12 +17,12 @@ from adaptd.models.compiled import kernels
 from adaptd.models.fused_expert import FusedExpertFfn
 from adaptd.models.head import WideHead
 from adaptd.models.layers import base_layer, is_silu
-from adaptd.models.lora import LoraLayer
-from adaptd.models.packed import PackedLinear
+from adaptd.models.lora import LoraLayer, WideLora
+from adaptd.models.packed import Packed, PackedLinear
 from adaptd.models.private_expert import GATE_GAIN
 from adaptd.models.request_gate import request_gate
 
-#: Positions of all rows together in a pass; prompts are read by the products of a library, whose blocks pay then.
+#: Positions of all rows together in a pass, as FEW_ROWS of kernels/product.h; prompts are read by the products of a library.
 MOST_POSITIONS = 96
 #: As `turned` in kernels/attention.h holds a head.
 _MOST_DIM = 1024
@@ -104,8 +104,8 @@ def _feed_forward(classes: Any, layer: Any) -> tuple[list[Any], Any, tuple[int, 
         parts = mlp.parts()
         if parts is None:
             return None
-        first = classes.Linear(mlp.inner, mlp.inner_bias, False, None, None, 1.0, 0.0)
-        down = classes.Linear(mlp.outer, mlp.outer_bias, False, None, None, 1.0, 0.0)
+        first = _stored(classes, mlp.inner, mlp.inner_bias)
+        down = _stored(classes, mlp.outer, mlp.outer_bias)
         return [first], down, (parts.width, parts.shared), parts.gated
     if not is_silu(getattr(mlp, "act_fn", None)):
         return None
@@ -116,21 +116,29 @@ def _feed_forward(classes: Any, layer: Any) -> tuple[list[Any], Any, tuple[int, 
     return units, out, (width, width), False
 
 
+def stacked(*layers: nn.Module) -> Packed | WideLora | None:
+    """The one product of all these layers, if there is one."""
+    if all(isinstance(layer, PackedLinear) for layer in layers):
+        found = {cast(PackedLinear, layer).packed for layer in layers}
+        return found.pop() if len(found) == 1 else None
+    if all(isinstance(layer, LoraLayer) for layer in layers):
+        wide = {cast(LoraLayer, layer).wide for layer in layers}
+        return wide.pop() if len(wide) == 1 else None
+    return None
+
+
 def _siblings(classes: Any, *layers: nn.Module) -> list[Any] | None:
     """One product for all layers where they are stacked, else one for each; None if one of them is not known."""
-    packed = {layer.packed for layer in layers if isinstance(layer, PackedLinear)}
-    wide = {layer.wide for layer in layers if isinstance(layer, LoraLayer)}
-    if all(isinstance(layer, PackedLinear) for layer in layers) and len(packed) == 1:
-        return [_packed(classes, packed.pop())]
-    if all(isinstance(layer, LoraLayer) for layer in layers) and len(wide) == 1 and (one := wide.pop()) is not None:
-        return [_wide(classes, one)]
+    one = stacked(*layers)
+    if one is not None:
+        return [_packed(classes, one) if isinstance(one, Packed) else _wide(classes, one)]
     found = [_linear(classes, layer) for layer in layers]
     return None if any(layer is None for layer in found) else found
 
 
 def _linear(classes: Any, layer: nn.Module) -> Any | None:
     if type(layer) is nn.Linear:
-        return classes.Linear(layer.weight, layer.bias, False, None, None, 1.0, 0.0)
+        return _stored(classes, layer.weight, layer.bias)
     if isinstance(layer, PackedLinear) and layer.alone:
         return _packed(classes, layer.packed)
     if isinstance(layer, LoraLayer) and layer.wide is not None and layer.wide.alone:
@@ -140,9 +148,13 @@ def _linear(classes: Any, layer: nn.Module) -> Any | None:
     return None
 
 
-def _packed(classes: Any, packed: Any) -> Any:
+def _stored(classes: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    return classes.Linear(weight, bias, False, None, None, 1.0, 0.0)
+
+
+def _packed(classes: Any, packed: Packed) -> Any:
     return classes.Linear(packed.stored, packed.bias, packed.layout == "onednn", None, None, 1.0, 0.0)
 
 
-def _wide(classes: Any, wide: Any) -> Any:
+def _wide(classes: Any, wide: WideLora) -> Any:
     return classes.Linear(wide.weight, wide.bias, False, wide.down, wide.up, wide.scaling, 0.0)

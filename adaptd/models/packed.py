@@ -134,7 +134,9 @@ def pack_linears(model: nn.Module, *, rows: int, compiled: bool = True) -> int:
     Returns: layers replaced.
     """
     chosen: list[tuple[nn.Module, tuple[str, ...], list[nn.Linear]]] = []
-    kernel: Product = stored_product if compiled and kernels() is not None else linear
+    # Asked for on a CPU alone: the first time, kernels are compiled.
+    on_cpu = any(parameter.device.type == "cpu" for parameter in model.parameters())
+    kernel: Product = stored_product if compiled and on_cpu and kernels() is not None else linear
     for parent in list(model.modules()):
         children = {
             name: layer for name, layer in parent.named_children() if type(layer) is nn.Linear and _fits(layer, kernel)

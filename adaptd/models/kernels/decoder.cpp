@@ -30,26 +30,6 @@ Tensor packed_product(const Tensor& x, const Tensor& weight, const Maybe& bias) 
   return op.call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
-// Values as float32: themselves, or converted into a place of their own.
-struct Floats {
-  explicit Floats(const Tensor& from) {
-    if (from.scalar_type() == at::kFloat) {
-      at = from.const_data_ptr<float>();
-      return;
-    }
-    const int64_t n = from.numel();
-    held.resize(n);
-    const auto* values = from.const_data_ptr<c10::BFloat16>();
-    for (int64_t i = 0; i < n; ++i) held[i] = static_cast<float>(values[i]);
-    at = held.data();
-  }
-  explicit Floats(const Maybe& from) : Floats(from ? *from : Tensor(at::empty({0}, at::kFloat))) {
-    if (!from) at = nullptr;
-  }
-  std::vector<float> held;
-  const float* at;
-};
-
 // x [..., in] of the weight's type; a weight [out, in] as it is stored.
 Tensor stored_product(const Tensor& x, const Tensor& weight, const Maybe& bias) {
   const int64_t in = weight.size(1), out = weight.size(0), rows = x.numel() / std::max<int64_t>(in, 1);
@@ -60,18 +40,20 @@ Tensor stored_product(const Tensor& x, const Tensor& weight, const Maybe& bias) 
   auto shape = x.sizes().vec();
   shape.back() = out;
   const Tensor y = at::empty(shape, given.options());
-  const Floats added(bias);
+  const Tensor added = bias ? bias->to(at::kFloat) : Tensor();
+  const float* b = bias ? added.const_data_ptr<float>() : nullptr;
   if (weight.scalar_type() == at::kFloat) {
-    product(given.const_data_ptr<float>(), in, weight.const_data_ptr<float>(), weight.stride(0), added.at, y.mutable_data_ptr<float>(), out, rows, out, in);
+    const float* w = weight.const_data_ptr<float>();
+    product(given.const_data_ptr<float>(), in, w, weight.stride(0), b, y.mutable_data_ptr<float>(), out, rows, out, in);
     return y;
   }
   std::vector<float> found(rows * out);
   const auto* w = weight.const_data_ptr<c10::BFloat16>();
   const auto* from = given.const_data_ptr<c10::BFloat16>();
   if (tiles)
-    amx_product(from, in, w, weight.stride(0), added.at, found.data(), out, rows, out, in);
+    amx_product(from, in, w, weight.stride(0), b, found.data(), out, rows, out, in);
   else
-    product(from, in, w, weight.stride(0), added.at, found.data(), out, rows, out, in);
+    product(from, in, w, weight.stride(0), b, found.data(), out, rows, out, in);
   auto* to = y.mutable_data_ptr<c10::BFloat16>();
   for (int64_t i = 0; i < rows * out; ++i) to[i] = static_cast<c10::BFloat16>(found[i]);
   return y;

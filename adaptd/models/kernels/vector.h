@@ -1,4 +1,4 @@
-// Vectors of the compiler, which lowers them to what the processor has; bfloat16 is read and written, never computed in.
+// Vectors of the compiler, which lowers them to what the processor has. Between products bfloat16 is computed in float32.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -71,7 +71,7 @@ inline float largest(Vec value) {
   return found;
 }
 
-// e^x within 2 units in the last place; 0 below -87, the largest power above 88.
+// e^x within 2 units in the last place, for x from -87 to 88; what is beyond counts as its end.
 inline Vec exponential(Vec x) {
   x = x < -87.0f ? Vec{} - 87.0f : x;
   x = x > 88.0f ? Vec{} + 88.0f : x;
@@ -89,7 +89,7 @@ inline Vec exponential(Vec x) {
   return p * as<Vec>((n + 127) << 23);
 }
 
-// A function of vectors over n values: `each(i, load(x + i))`, the last of them padded with zeros.
+// Fewer values than a vector has: the rest are zeros, and are not written.
 template <class T>
 inline Vec load_part(const T* from, int64_t n) {
   T part[LANES] = {};

@@ -1,8 +1,6 @@
 // A round as the words that adaptd/decoding/capture.py packs, [batch, width]; see `RoundPacker._layout` for their order.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <bit>
 
 #include "likely.h"
