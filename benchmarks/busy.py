@@ -1,19 +1,23 @@
 """What a busy learner costs the requests of a decoder: inter-token times and tokens/s with it idle and busy.
 
     python benchmarks/busy.py --rounds 5
-    python benchmarks/busy.py --batch 4 --set target.model=inflated-0.2b --tokens 32
+    python benchmarks/busy.py --rounds 12 --requests 4 --tokens 48 --set target.model=inflated-0.2b
 
 The native engine decodes in this process, as a decoder actor has it (capture, recall, packed weights), on the first core. The
-learner takes steps in a process of its own with the threads and the niceness of its actor: on the second core, and then on
-the decoder's. Idle, it waits; both are measured in neighbouring rounds on the same requests, each round with an empty recall.
+learner takes steps in a process of its own with the threads, the niceness and the duty cycle of its actor: on the second core,
+and then on the decoder's. Idle, it waits. As many requests as there is room for are answered three times with an empty recall,
+idle, busy, idle: busy is compared with both its neighbours, which takes out that a machine grows slower or faster, and the
+second idle time with the first, which tells what the machine does by itself. Intervals are at 95 %, requests resampled.
+
 An inter-token time is the time between two pieces of one answer, a piece being what a round gives. Where processes cannot be
-bound to cores, the system places them. The share of a processor that the learner had is printed too: far below 100 % on a
-core of its own, something else ran there and the figures mean little.
+bound to cores, the system places them. The share of a processor that the learner had is printed too: far below its duty cycle
+on a core of its own, something else ran there and the figures mean little.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import statistics
@@ -21,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +44,12 @@ from adaptd.decoding.request import DecodeRequest, SamplingParams
 from adaptd.models.chat import render_chat
 from adaptd.pocket.shipped import pocket_prompts
 
+RESAMPLES = 2000
+
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One round of requests."""
+    """Requests answered together."""
 
     tokens: int
     seconds: float
@@ -54,17 +60,14 @@ class Timed:
     learner_s: float = 0.0
     """Its processor time, meanwhile."""
 
-    def figures(self) -> dict[str, float]:
-        """Tokens and learner steps a second, inter-token times in milliseconds, processors that the learner had."""
-        middle, late = (1e3 * float(np.percentile(self.gaps, q)) for q in (50, 99))
-        rate = self.tokens / self.seconds
-        return {
-            "tokens_per_s": rate,
-            "itl_p50_ms": middle,
-            "itl_p99_ms": late,
-            "steps_per_s": self.steps / self.seconds,
-            "learner_share": self.learner_s / self.seconds,
-        }
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+
+Unit = tuple[Timed, Timed, Timed]
+"""The same requests idle, busy, idle."""
 
 
 def study(sets: list[str], fresh: Path, anchors: Path, busy: Any, resting: Any, done: Any) -> None:
@@ -78,8 +81,9 @@ def study(sets: list[str], fresh: Path, anchors: Path, busy: Any, resting: Any, 
             resting.set()
             busy.wait()
             resting.clear()
-        taught.step(batch(*pools, number))
+        taken = taught.step(batch(*pools, number))
         done.value += 1
+        time.sleep(taken.seconds * (1.0 / config.learn.duty_cycle - 1.0))
 
 
 class Learner:
@@ -177,35 +181,72 @@ def decode(engine: SpeculativeDecoder, some: Sequence[DecodeRequest]) -> Timed:
     return Timed(tokens, time.perf_counter() - started, gaps)
 
 
-def measure(config: Config, pair: Pair, some: Sequence[DecodeRequest], taught: Learner, busy: bool) -> Timed:
-    """One round, with the learner idle or busy."""
-    engine = build_engine(config, pair.target, pair.draft.model, pair.tokenizer, capture=True)
-    decode(engine, some[:1])
-    if not busy:
-        return decode(engine, some)
+def measure(config: Config, pair: Pair, some: Sequence[DecodeRequest], taught: Learner) -> Unit:
+    """The same requests with the learner idle, busy and idle again."""
+
+    def fresh() -> SpeculativeDecoder:
+        return build_engine(config, pair.target, pair.draft.model, pair.tokenizer, capture=True)
+
+    before = decode(fresh(), some)
+    engine = fresh()
     with taught.working():
         steps, spent = taught.steps, taught.cpu_s
-        found = decode(engine, some)
-        return replace(found, steps=taught.steps - steps, learner_s=taught.cpu_s - spent)
+        busy = decode(engine, some)
+        busy = replace(busy, steps=taught.steps - steps, learner_s=taught.cpu_s - spent)
+    return before, busy, decode(fresh(), some)
 
 
-def summarise(rounds: Sequence[tuple[Timed, Timed]]) -> dict[str, Any]:
-    """Medians of idle and of busy rounds, and of the ratios of neighbours, busy to idle."""
-    figures = [(idle.figures(), busy.figures()) for idle, busy in rounds]
-    found: dict[str, Any] = {
-        name: {key: statistics.median(pair[at][key] for pair in figures) for key in figures[0][0]}
-        for at, name in enumerate(("idle", "busy"))
+def cost(units: Sequence[Unit]) -> dict[str, float]:
+    """Busy against idle: median ratios of tokens/s, ratios of the percentiles of all inter-token times."""
+    found = {
+        "tokens_per_s": statistics.median(b.rate / math.sqrt(a.rate * c.rate) for a, b, c in units),
+        "idle_tokens_per_s": statistics.median(c.rate / a.rate for a, _, c in units),
     }
-    for key in ("tokens_per_s", "itl_p50_ms", "itl_p99_ms"):
-        ratios = [busy[key] / idle[key] for idle, busy in figures]
-        found[f"{key}_ratio"] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    idle, busy = ([gap for some in times for gap in some] for times in gaps(units))
+    for q in (50, 99):
+        found[f"itl_p{q}_ms"] = float(np.percentile(busy, q) / np.percentile(idle, q))
     return found
+
+
+def gaps(units: Sequence[Unit]) -> tuple[list[list[float]], list[list[float]]]:
+    """Inter-token times, idle and busy, unit by unit."""
+    return [a.gaps + c.gaps for a, _, c in units], [b.gaps for _, b, _ in units]
+
+
+def summarise(units: Sequence[Unit]) -> dict[str, Any]:
+    """What idle and busy requests got, and the ratios with their intervals."""
+    idle, busy = ([x for some in times for x in some] for times in gaps(units))
+    seconds = sum(b.seconds for _, b, _ in units)
+    rng = np.random.default_rng(0)
+    drawn = [cost([units[i] for i in rng.integers(len(units), size=len(units))]) for _ in range(RESAMPLES)]
+    return {
+        "units": len(units),
+        "idle": {"tokens_per_s": statistics.median(x.rate for a, _, c in units for x in (a, c)), **percentiles(idle)},
+        "busy": {"tokens_per_s": statistics.median(b.rate for _, b, _ in units), **percentiles(busy)},
+        "ratio": {
+            key: dict(
+                zip(
+                    ("ratio", "low", "high"),
+                    (value, *np.quantile([d[key] for d in drawn], [0.025, 0.975]).tolist()),
+                    strict=True,
+                )
+            )
+            for key, value in cost(units).items()
+        },
+        "steps_per_s": sum(b.steps for _, b, _ in units) / seconds,
+        "learner_share": sum(b.learner_s for _, b, _ in units) / seconds,
+    }
+
+
+def percentiles(times: Sequence[float]) -> dict[str, float]:
+    """Of inter-token times in seconds: the median and the 99th, in milliseconds."""
+    return {f"itl_p{q}_ms": 1e3 * float(np.percentile(times, q)) for q in (50, 99)}
 
 
 def main() -> None:
     """Measure idle and busy in turns, in both places."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="over all requests")
     parser.add_argument("--requests", type=int, default=8, help="a round")
     parser.add_argument("--tokens", type=int, default=64, help="an answer")
     parser.add_argument("--batch", type=int, default=1, help="requests at once")
@@ -220,31 +261,36 @@ def main() -> None:
     pair = load_pair(config, 0.0)
     some = requests(pair, args.requests, args.tokens)
     cores = places()
-    found: dict[str, list[tuple[Timed, Timed]]] = {place: [] for place in cores}
+    found: dict[str, list[Unit]] = {place: [] for place in cores}
+    decode(build_engine(config, pair.target, pair.draft.model, pair.tokenizer, capture=True), some[:1])
     try:
-        for number in range(args.rounds):
-            for place, bound in cores.items():
-                if bound is not None:
-                    bind(os.getpid(), bound[0])
-                    bind(taught.pid, bound[1])
-                timed = {b: measure(config, pair, some, taught, b) for b in ((False, True), (True, False))[number % 2]}
-                found[place].append((timed[False], timed[True]))
+        for _, at, (place, bound) in product(range(args.rounds), range(0, len(some), args.batch), cores.items()):
+            if bound is not None:
+                bind(os.getpid(), bound[0])
+                bind(taught.pid, bound[1])
+            found[place].append(measure(config, pair, some[at : at + args.batch], taught))
     finally:
         taught.close()
-    rows = [{"place": place, **summarise(rounds)} for place, rounds in found.items()]
+    rows = [{"place": place, **summarise(units)} for place, units in found.items()]
     for row in rows:
-        print(f"\nlearner, {row['place']}: {args.rounds} rounds of {args.requests} requests, batch {args.batch}")
-        for key in ("tokens_per_s", "itl_p50_ms", "itl_p99_ms"):
-            ratio = row[f"{key}_ratio"]
-            print(
-                f"  {key:14} idle {row['idle'][key]:8.2f}  busy {row['busy'][key]:8.2f}  "
-                f"ratio {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
-            )
-        busy = row["busy"]
-        print(f"  learner: {busy['steps_per_s']:.2f} steps/s with {busy['learner_share']:.0%} of a processor")
+        show(row, args)
     if args.json:
         about = {"rounds": args.rounds, "requests": args.requests, "tokens": args.tokens, "batch": args.batch}
         write_result(args.json, {**about, "rows": rows}, config)
+
+
+def show(row: dict[str, Any], args: argparse.Namespace) -> None:
+    """One place."""
+    print(f"\nlearner, {row['place']}: {row['units']} times three answers of {args.tokens} tokens, batch {args.batch}")
+    for key, value in row["busy"].items():
+        ratio = row["ratio"][key]
+        print(
+            f"  {key:14} idle {row['idle'][key]:8.2f}  busy {value:8.2f}  "
+            f"ratio {ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+        )
+    alone = row["ratio"]["idle_tokens_per_s"]
+    print(f"  idle again: ratio of tokens_per_s {alone['ratio']:.3f} [{alone['low']:.3f}, {alone['high']:.3f}]")
+    print(f"  learner: {row['steps_per_s']:.2f} steps/s with {row['learner_share']:.0%} of a processor")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from adaptd.models.chat import render_chat
 from adaptd.models.inflate import save_inflated
 from adaptd.models.load import load_causal_lm, resolve
 from adaptd.pocket.shipped import pocket_prompts
+from policies.draft_length import DraftLength
 
 _DOMAINS = ("medical", "math", "tools", "code")
 
@@ -60,19 +61,20 @@ def run(
     rows, cells = [], []
     turns = (rounds + 1) * len(batches) * len(depths)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("decoding", total=turns * (6 if program else 5))
+        task = progress.add_task("decoding", total=turns * (7 if program else 6))
         for batch in batches:
             for k in depths:
                 setting = config.model_copy(update={"engine": config.engine.model_copy(update={"k": k})})
                 pair = load_pair(setting, 0)
-                prompts = _prompts(pair, batch, rounds, setting.engine.max_length - tokens - k)
-                with _contestants(setting, pair, plain_target, plain_draft, program, batch, dtype) as found:
+                domains = _prompts(pair, setting.engine.max_length - tokens - k)
+                prompts = _batches(list(domains), batch, rounds)
+                with _contestants(setting, pair, plain_target, plain_draft, program, batch, dtype, domains) as found:
                     cell = decode.play(
                         found, prompts, k=k, rounds=rounds, tokens=tokens, progress=lambda: progress.advance(task)
                     )
                 round_s = floor_s(machine, [(plain_target, batch * (k + 1)), *[(plain_draft, batch)] * k])
                 step_s = floor_s(machine, [(plain_target, batch)])
-                floors = dict.fromkeys(cell.samples, round_s)
+                floors = dict.fromkeys(cell.samples.keys() - {decode.AUTO}, round_s)
                 floors |= {name: step_s for name in floors if "plain" in name or name == decode.PLAIN}
                 cell_rows, ratios = decode.summarise(cell, floors)
                 rows += cell_rows
@@ -122,13 +124,24 @@ def _vllm(named: Path | None, console: Console) -> Path | None:
 
 @contextlib.contextmanager
 def _contestants(
-    config: Config, pair: Pair, target: Any, draft: Any, program: Path | None, batch: int, dtype: str
+    config: Config,
+    pair: Pair,
+    target: Any,
+    draft: Any,
+    program: Path | None,
+    batch: int,
+    dtype: str,
+    domains: Mapping[tuple[int, ...], str],
 ) -> Iterator[dict[str, Contestant]]:
     k, length = config.engine.k, config.engine.max_length
-    engines = [build_engine(config, pair.target, pair.draft.model, pair.tokenizer, capture=c) for c in (True, False)]
+    engines = [
+        build_engine(config, pair.target, pair.draft.model, pair.tokenizer, capture=capture, draft_length=lengths)
+        for capture, lengths in ((True, None), (False, None), (True, DraftLength(k)))
+    ]
     found: dict[str, Contestant] = {
         decode.OURS: Native(engines[0]),
         decode.BARE: Native(engines[1]),
+        decode.AUTO: Native(engines[2], domains),
         decode.PLAIN: NativePlain(pair.target, batch=batch, max_length=length),
         "transformers plain": Transformers(target, None, k),
     }
@@ -152,17 +165,22 @@ def _contestants(
             contestant.close()
 
 
-def _prompts(pair: Pair, batch: int, rounds: int, longest: int) -> list[Prompts]:
-    """A batch for each round, of prompts from the four domains in turn; from the first again where they run out."""
+def _prompts(pair: Pair, longest: int) -> dict[tuple[int, ...], str]:
+    """Prompts of the four domains in turn, each with its domain."""
     by_domain = []
     for domain in _DOMAINS:
         texts = pocket_prompts(domain)
-        rendered = (render_chat(pair.tokenizer, [{"role": "user", "content": text}]) for text in texts)
-        by_domain.append([ids for ids in rendered if len(ids) <= longest])
-    mixed = [ids for group in zip(*by_domain, strict=False) for ids in group]
+        rendered = (tuple(render_chat(pair.tokenizer, [{"role": "user", "content": text}])) for text in texts)
+        by_domain.append([(ids, domain) for ids in rendered if len(ids) <= longest])
+    mixed = dict(pair for group in zip(*by_domain, strict=False) for pair in group)
     if not mixed:
         raise AdaptdError("no prompts leave room for the answer: raise engine.max_length, or lower --tokens")
-    return [[mixed[at % len(mixed)] for at in range(r * batch, (r + 1) * batch)] for r in range(rounds)]
+    return mixed
+
+
+def _batches(prompts: Sequence[Sequence[int]], batch: int, rounds: int) -> list[Prompts]:
+    """A batch for each round, in order; from the first again where they run out."""
+    return [[prompts[at % len(prompts)] for at in range(r * batch, (r + 1) * batch)] for r in range(rounds)]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -185,14 +203,27 @@ _FORMS = ("{:.2f}", "{:.2f}", "{:.0%}")
 
 
 def _line(cell: dict[str, Any]) -> str:
-    names = {
-        "vs_transformers_assisted": "transformers assisted",
-        "vs_transformers_plain": "transformers plain",
-        "vs_vllm_cpu": "vLLM CPU",
-        "vs_capture_off": "capture off",
-        "speedup": "its own plain decoding",
-    }
-    parts = [f"{cell[key]:.2f} x {name}" for key, name in names.items() if cell[key] is not None]
+    def times(names: dict[str, str]) -> list[str]:
+        found = []
+        for key, name in names.items():
+            if cell[key] is not None:
+                low, high = cell["intervals"][key]
+                found.append(f"{cell[key]:.2f} [{low:.2f}, {high:.2f}] x {name}")
+        return found
+
+    parts = times(
+        {
+            "vs_transformers_assisted": "transformers assisted",
+            "vs_transformers_plain": "transformers plain",
+            "vs_vllm_cpu": "vLLM CPU",
+            "vs_capture_off": "capture off",
+            "speedup": "its own plain decoding",
+        }
+    )
     if cell["predicted_speedup"] is not None:
         parts.append(f"predicted {cell['predicted_speedup']:.2f}")
-    return f"batch {cell['batch']}, k {cell['k']}: adaptd runs at {', '.join(parts)}"
+    chosen = times({"chosen_speedup": "its own plain decoding", "chosen_vs_vllm_cpu": "vLLM CPU"})
+    return (
+        f"batch {cell['batch']}, k {cell['k']}: adaptd runs at {', '.join(parts)}"
+        f"; with k chosen each round at {', '.join(chosen)}"
+    )

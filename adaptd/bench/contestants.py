@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,15 +60,20 @@ class _InProcess:
 
 
 class Native(_InProcess):
-    """adaptd's engine."""
+    """adaptd's engine.
 
-    def __init__(self, engine: SpeculativeDecoder) -> None:
-        self._engine = engine
+    Args:
+      domains: of each prompt that has one, which a chosen draft length goes by.
+    """
+
+    def __init__(self, engine: SpeculativeDecoder, domains: Mapping[tuple[int, ...], str] | None = None) -> None:
+        self._engine, self._domains = engine, domains or {}
 
     def _add(self, prompts: Prompts, tokens: int) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         for at, prompt in enumerate(prompts):
-            self._engine.add(DecodeRequest(str(at), prompt, params))
+            domain = self._domains.get(tuple(prompt), "")
+            self._engine.add(DecodeRequest(str(at), prompt, params, domain=domain))
 
     def run(self, prompts: Prompts, tokens: int) -> Sample:
         """See `Contestant`."""

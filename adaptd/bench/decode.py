@@ -8,19 +8,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adaptd.bench.contestants import Contestant, Native, Prompts, Sample
+from adaptd.bench.metrics import median_interval
 from adaptd.decoding.timing import StepTimes
 from policies.economics import Costs, expected_speedup
 
 OURS = "adaptd"
 BARE = "adaptd, capture off"
 PLAIN = "adaptd, no draft"
-#: Ratio in the result file -> the decoder that adaptd is compared with.
+AUTO = "adaptd, k chosen"
+#: Ratio in the result file -> the decoder whose rate is divided by that of which other.
 RATIOS = {
-    "vs_transformers_assisted": "transformers assisted",
-    "vs_transformers_plain": "transformers plain",
-    "vs_vllm_cpu": "vllm",
-    "speedup": PLAIN,
-    "vs_capture_off": BARE,
+    "vs_transformers_assisted": (OURS, "transformers assisted"),
+    "vs_transformers_plain": (OURS, "transformers plain"),
+    "vs_vllm_cpu": (OURS, "vllm"),
+    "speedup": (OURS, PLAIN),
+    "vs_capture_off": (OURS, BARE),
+    "chosen_speedup": (AUTO, PLAIN),
+    "chosen_vs_vllm_cpu": (AUTO, "vllm"),
 }
 #: Of these a token is a round.
 _UNSPECULATED = (PLAIN, "transformers plain")
@@ -68,11 +72,12 @@ def play(
     return cell
 
 
-def summarise(cell: Cell, floors: Mapping[str, float]) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
-    """Rows of the result and the ratios of this cell: the median over rounds of adaptd's rate to another's in that round.
+def summarise(cell: Cell, floors: Mapping[str, float]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of the result and the ratios of this cell: the median over rounds of one decoder's rate to another's in that round.
 
     Args:
       floors: seconds that a round of each decoder takes at least; none where the machine is not the bound.
+    Returns: rows, and ratios with their 95 % "intervals", rounds resampled.
     """
     rows = []
     truth = _answers(cell.samples[PLAIN]) if PLAIN in cell.samples else None
@@ -93,7 +98,13 @@ def summarise(cell: Cell, floors: Mapping[str, float]) -> tuple[list[dict[str, A
             # A round emits MAL tokens for each row of the batch.
             row["floor_ratio"] = mal * cell.batch / rate / floors[name]
         rows.append(row)
-    ratios = {key: _ratio(cell.samples[OURS], cell.samples.get(name)) for key, name in RATIOS.items()}
+    against = {
+        key: _rates(cell.samples[one], cell.samples[other])
+        for key, (one, other) in RATIOS.items()
+        if one in cell.samples and other in cell.samples
+    }
+    ratios: dict[str, Any] = {key: statistics.median(against[key]) if key in against else None for key in RATIOS}
+    ratios["intervals"] = {key: median_interval(values) for key, values in against.items()}
     ratios["predicted_speedup"] = predicted(cell)
     return rows, ratios
 
@@ -127,8 +138,5 @@ def _same(truth: list[list[int]], answers: list[list[int]]) -> float:
     return same / sum(map(len, truth))
 
 
-def _ratio(ours: Sequence[Sample], other: Sequence[Sample] | None) -> float | None:
-    if other is None:
-        return None
-    pairs = zip(ours, other, strict=True)
-    return statistics.median((a.tokens / a.seconds) / (b.tokens / b.seconds) for a, b in pairs)
+def _rates(one: Sequence[Sample], other: Sequence[Sample]) -> list[float]:
+    return [(a.tokens / a.seconds) / (b.tokens / b.seconds) for a, b in zip(one, other, strict=True)]

@@ -106,3 +106,15 @@ def interval(values: Sequence[float], level: float = 0.95) -> dict[str, float | 
         return {"mean": mean, "low": None, "high": None}
     half = float(stats.t.ppf((1 + level) / 2, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
     return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def median_interval(values: Sequence[float], level: float = 0.95, resamples: int = 2000) -> tuple[float, float]:
+    """Where the median lies: percentile bootstrap (Efron and Tibshirani 1993, ch. 13), with a fixed seed.
+
+    Raises: ValueError: no values.
+    """
+    if not len(values):
+        raise ValueError("values (0) must be at least one")
+    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(np.median(np.asarray(values)[picks], axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,15 +1,17 @@
-"""What one draft step and one target pass cost at the present batch: the ratios of `policies.economics`.
+"""What a proposal and a target pass cost at the present batch: the ratios of `policies.economics`.
 
-Timed between two rounds, on the rows as they are. A pass writes the cache where the next round writes again, so nothing
-that is decoded changes; decoding waits for about three rounds. Nothing is timed inside a round: that would make the host
-wait for the device.
+Timed between two rounds, on the rows as they are, in the order of a round: behind a target pass the caches of a CPU hold
+little of the draft. A pass writes the cache where the next round writes again, so nothing that is decoded changes; decoding
+waits for about eight rounds. Nothing is timed inside a round: that would make the host wait for the device.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -33,7 +35,7 @@ class StepTimes:
     batch: int
     k: int
     draft_s: float
-    """The draft, one position."""
+    """A proposal: a round's k passes of the draft, the choice of each token and the recall, over k."""
     target_s: float
     """The target, one position: a step without speculation."""
     verify_s: float
@@ -61,55 +63,57 @@ class Calibration:
         return [times for _, (_, times) in sorted(self._found.items())]
 
 
-@torch.inference_mode()
 def measure(engine: SpeculativeDecoder, clock: Callable[[], float] = time.perf_counter) -> StepTimes | None:
     """Time the passes; None if prompts are being read and no row is active. Called by the thread that owns the engine."""
-    rows = list(engine._rows)
-    if not rows:
-        if engine.active:
-            return None
-        length = min(_IDLE_LENGTH, engine.max_length - 1)
-        engine._prefill.forget(0)  # that row's passes write there
-        rows = [Row(DecodeRequest("calibration", (0,) * length, SamplingParams(max_tokens=1)), None)]
-    k, device = engine.k, engine.device
-    n = torch.tensor([len(row.tokens) for row in rows], device=device)
-    # A round feeds the last known token at n-1 and its proposals behind it; which tokens they are costs nothing.
-    positions = n[:, None] + torch.arange(-1, k, device=device)
-    tokens = torch.tensor([[row.tokens[-1]] * (k + 1) for row in rows], device=device)
-    length = round_up(max(len(row.tokens) for row in rows) + k)
+    if engine._rows:
+        return _timed(engine, clock)
+    if engine.active:
+        return None
+    length = min(_IDLE_LENGTH, engine.max_length - 1)
+    engine._prefill.forget(0)  # the row's passes write there
+    engine._rows.append(Row(DecodeRequest("calibration", (0,) * length, SamplingParams(max_tokens=1)), None))
+    engine._stale = True
+    try:
+        return _timed(engine, clock)
+    finally:
+        engine._rows.clear()
+        engine._stale = True
 
-    def timed(drafting: bool, first: int, last: int) -> float:
-        runner = engine._draft if drafting else engine._target
-        fed = engine._drafter.known(tokens) if drafting else tokens
-        if drafting:
-            runner.open_to(rows)
-        masks = runner.masks(positions[:, first:last], length)
-        best = float("inf")
-        for attempt in range(_REPEATS + 1):  # the first warms up
+
+@torch.inference_mode()
+def _timed(engine: SpeculativeDecoder, clock: Callable[[], float]) -> StepTimes:
+    if engine._stale:
+        engine._rebuild()
+    k, device, rows, params = engine.k, engine.device, engine._rows, engine._params
+    # Positions n-1 to n+k-1 of the caches are written, all of which the next round writes before it reads them.
+    positions = (engine._n[:, None] + engine._offsets).clamp(min=0)
+    length = round_up(max(len(row.tokens) for row in rows) + k)
+    # Which tokens the target is fed costs nothing; nor which numbers decide, and those of the rows are not used up.
+    tokens = engine._last_two[:, 1:].expand(-1, k + 1)
+    uniforms = torch.zeros(len(rows), k, device=device)
+    engine._draft.open_to(rows)
+
+    def target(width: int) -> None:
+        fed = positions[:, 1 : 1 + width]
+        masks = engine._target.masks(fed, length)
+        engine._target.forward(tokens[:, :width], fed, masks, 0, length, last_only=width == 1, of_round=True)
+
+    def propose() -> None:
+        masks = engine._draft.masks(positions, length)
+        engine._drafter.propose(k, engine._n, engine._last_two, positions, masks, length, uniforms, params)
+
+    passes: tuple[Callable[[], None], ...] = (partial(target, 1), partial(target, k + 1), propose)
+    best = [math.inf] * len(passes)
+    for attempt in range(_REPEATS + 1):  # the first warms up
+        for at, run in enumerate(passes):
             _wait_for(device)
             started = clock()
-            runner.forward(
-                fed[:, first:last],
-                positions[:, first:last],
-                masks,
-                0,
-                length,
-                last_only=last - first == 1,
-                of_round=True,
-            )
+            run()
             _wait_for(device)
             if attempt:
-                best = min(best, clock() - started)
-        return best
-
-    # Positions n-1 to n+k-1 of the caches are written, all of which the next round writes before it reads them.
-    return StepTimes(
-        batch=len(rows),
-        k=k,
-        draft_s=timed(True, 1, 2),
-        target_s=timed(False, 0, 1),
-        verify_s=timed(False, 0, k + 1),
-    )
+                best[at] = min(best[at], clock() - started)
+    target_s, verify_s, proposals_s = best
+    return StepTimes(len(rows), k, proposals_s / k, target_s, verify_s)
 
 
 def _wait_for(device: torch.device) -> None:

@@ -17,6 +17,7 @@ from adaptd.bench.floor import Machine, floor_s
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.timing import StepTimes
 from adaptd.errors import UpstreamUnavailable
+from policies.draft_length import DraftLength
 from tests.unit.decoding.tiny import make_draft, make_model, make_prompts
 
 
@@ -37,6 +38,15 @@ def test_all_decoders_find_the_same_tokens(batch: int) -> None:
         assert abs(found["assisted"].rounds - found["native"].rounds) <= 1
     assert len({json.dumps(sample.answers) for sample in found.values()}) == 1
     assert found["plain"].rounds == found["transformers"].rounds == 12 * batch > found["native"].rounds
+
+
+def test_a_chosen_draft_length_goes_by_the_domain_of_a_prompt() -> None:
+    target = make_model(vocab=97)
+    lengths = DraftLength(3)
+    engine = SpeculativeDecoder(target, make_draft(target), k=3, max_batch=2, max_length=80, draft_length=lengths)
+    prompts = make_prompts(2, 97)
+    Native(engine, {tuple(prompts[0]): "medical"}).run(prompts, 40)
+    assert set(lengths.chosen) == {"medical", ""}
 
 
 def test_costs_are_of_the_whole_batch_and_nothing_is_left_behind() -> None:
@@ -83,6 +93,8 @@ def test_rounds_turn_the_order_and_ratios_are_of_one_round() -> None:
     assert ours["floor_ratio"] == pytest.approx(2.0 / ours["tokens_per_s"] / 0.5)
     # Seconds: ours 4 and 9, plain 10 and 14.
     assert ratios["speedup"] == pytest.approx((10 / 4 + 14 / 9) / 2)
+    assert ratios["intervals"]["speedup"] == pytest.approx((14 / 9, 10 / 4)), "of two rounds, either may be drawn twice"
+    assert set(ratios["intervals"]) == {"speedup", "vs_vllm_cpu"}
     assert ratios["predicted_speedup"] == pytest.approx(2.0 / 1.5)
     assert ratios["vs_transformers_assisted"] is None
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from adaptd.bench.metrics import Curve, area, edges, forgetting, interval, recovery, time_to
+from adaptd.bench.metrics import Curve, area, edges, forgetting, interval, median_interval, recovery, time_to
 
 PHASES = [(0, 200), (200, 400)]
 
@@ -68,3 +68,17 @@ def test_interval_is_students_and_says_what_it_does_not_know() -> None:
     assert found["high"] - found["mean"] == pytest.approx(4.3027 / math.sqrt(3), abs=1e-3)
     assert interval([1.0, math.nan]) == {"mean": 1.0, "low": None, "high": None}
     assert interval([]) == {"mean": None, "low": None, "high": None}
+
+
+def test_a_median_is_surer_with_more_values() -> None:
+    rng = np.random.default_rng(0)
+    widths = []
+    for number in (10, 100, 1000):
+        low, high = median_interval(rng.normal(1.0, 0.1, number).tolist())
+        assert low <= 1.0 <= high
+        widths.append(high - low)
+    # The standard error of a normal median is 1.25 sigma / sqrt(n).
+    assert widths[0] > widths[1] > widths[2] == pytest.approx(2 * 1.96 * 1.2533 * 0.1 / 1000**0.5, rel=0.3)
+    assert median_interval([2.0]) == (2.0, 2.0)
+    with pytest.raises(ValueError, match="at least one"):
+        median_interval([])

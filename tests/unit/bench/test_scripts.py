@@ -1,19 +1,22 @@
-"""The cores of `benchmarks/step.py`, `trainer.py`, `busy.py` and `scale.py`, on a tiny pair; the figures are theirs to make."""
+"""The cores of scripts in `benchmarks/`, on a tiny pair; the figures are theirs to make."""
 
 import importlib
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.request import DecodeRequest, SamplingParams
 from adaptd.learning.learner import DraftLearner
 from adaptd.models.scope import AdaptedDraft, ScopeConfig
 from buffers.synthetic import synthetic_trace
 from buffers.trace import Trace
+from policies.recall import Recall
 from tests.unit.learning.conftest import Decode, tiny
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -91,17 +94,41 @@ def test_inter_token_times_lie_between_two_pieces_of_one_answer(script: Any, tar
     assert sum(timed.gaps) < 2 * timed.seconds
 
 
-def test_busy_rounds_are_compared_with_their_idle_neighbours(script: Any) -> None:
+def test_the_parts_of_a_round_are_counted_once_each(script: Any, target: Any, draft: Any) -> None:
+    """A clock that moves by one whenever it is read: a part takes one, and one more for each part that it calls."""
+    parts, reads = script("round"), count()
+    engine = SpeculativeDecoder(
+        target, draft, k=3, max_batch=1, max_length=64, capture=CaptureConfig(), recall=Recall(entries=64)
+    )
+    watch = parts.Watch(engine, lambda: float(next(reads)))
+    params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    found = watch.rounds([DecodeRequest(str(i), (i + 1, 2, 3), params) for i in range(2)])
+    # Three looks at the recall and one that settles; the draft has the three inside it, the step all else.
+    assert found[0] == {"target": 1.0, "draft": 4.0, "recall": 4.0, "capture": 1.0, "rest": 5.0}
+    assert all(r == found[0] for r in found), "no round that reads a prompt is among them"
+    # The first round of a request reads its prompt; at most four tokens a round.
+    assert 2 * (9 / 4 - 1) <= len(found) <= 2 * 8
+    assert parts.middle(found) == {**found[0], "round": 15.0}
+
+
+def test_busy_requests_are_compared_with_both_their_idle_neighbours(script: Any) -> None:
     busy = script("busy")
 
     def timed(rate: float, steps: int = 0) -> Any:
         return busy.Timed(int(rate), 1.0, [1 / rate] * 4, steps, 0.5 if steps else 0.0)
 
-    rows = busy.summarise([(timed(100), timed(90, 3)), (timed(50), timed(50, 3)), (timed(200), timed(190, 3))])
-    ratio = rows["tokens_per_s_ratio"]
-    assert [round(ratio[k], 3) for k in ("low", "median", "high")] == [0.9, 0.95, 1.0]
-    assert rows["idle"]["tokens_per_s"] == 100
-    assert (rows["busy"]["steps_per_s"], rows["busy"]["learner_share"]) == (3.0, 0.5)
+    def unit(before: float, working: float, after: float) -> Any:
+        return timed(before), timed(working, 3), timed(after)
+
+    # A machine that grows slower all the time: what is busy costs a tenth, and the rest is the machine's.
+    row = busy.summarise([unit(400, 180, 100), unit(900, 270, 100), unit(1600, 360, 100)])
+    ratio = row["ratio"]
+    assert [round(ratio["tokens_per_s"][k], 3) for k in ("ratio", "low", "high")] == [0.9, 0.9, 0.9]
+    assert [round(ratio["idle_tokens_per_s"][k], 3) for k in ("low", "ratio", "high")] == [0.062, 0.111, 0.25]
+    assert (row["idle"]["tokens_per_s"], row["busy"]["tokens_per_s"]) == (250.0, 270.0)
+    assert row["busy"]["itl_p50_ms"] == pytest.approx(1e3 / 270)
+    assert ratio["itl_p99_ms"]["ratio"] == pytest.approx(row["busy"]["itl_p99_ms"] / row["idle"]["itl_p99_ms"])
+    assert (row["steps_per_s"], row["learner_share"]) == (3.0, 0.5)
 
 
 def test_a_fan_out_is_over_when_the_last_decoder_serves(script: Any) -> None:

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 
+import pytest
+
+from adaptd.decoding.capture import CaptureConfig
 from adaptd.decoding.engine import SpeculativeDecoder
 from adaptd.decoding.loop import DecodeLoop
 from adaptd.decoding.request import DecodeRequest, SamplingParams
 from adaptd.decoding.timing import Calibration, StepTimes, measure
+from policies.recall import Recall
 from tests.unit.decoding.tiny import make_draft, make_model, make_prompts, serve
 
 VOCAB = 97
@@ -24,14 +28,16 @@ def test_timing_between_rounds_changes_no_token_and_no_round() -> None:
     for temperature in (0.0, 1.0):
         found = []
         for timed in (False, True):
-            engine = SpeculativeDecoder(target, draft, k=3, max_batch=4, max_length=80)
+            engine = SpeculativeDecoder(
+                target, draft, k=3, max_batch=4, max_length=80, capture=CaptureConfig(), recall=Recall()
+            )
             done = serve(engine, requests(temperature), (lambda _, e=engine, t=timed: t and measure(e)))
             found.append({name: (f.token_ids, f.stats.rounds, f.stats.accepted) for name, f in done.items()})
         assert found[0] == found[1]
 
 
 def test_the_figures_are_those_of_each_pass() -> None:
-    """A clock that moves by one for each forward pass of the draft and by its positions for the target's."""
+    """A clock that moves by one for each position of a draft's pass and by ten for each of a target's."""
     target = make_model(vocab=VOCAB)
     engine = SpeculativeDecoder(target, make_draft(target), k=3, max_batch=4, max_length=80)
     now = [0.0]
@@ -43,7 +49,9 @@ def test_the_figures_are_those_of_each_pass() -> None:
             return forward(tokens, *args, **options)
 
         runner.forward = counted  # type: ignore[method-assign]
-    assert measure(engine, lambda: now[0]) == StepTimes(1, 3, 1.0, 10.0, 40.0), "idle: one row"
+    assert measure(engine, lambda: now[0]) == StepTimes(1, 3, 4 / 3, 10.0, 40.0), (
+        "idle: one row, whose first pass has two"
+    )
     for request in requests(0.0)[:4]:
         engine.add(request)
     assert measure(engine, lambda: now[0]) is None, "prompts are being read where the idle row would be"
@@ -51,7 +59,7 @@ def test_the_figures_are_those_of_each_pass() -> None:
     found = measure(engine, lambda: now[0])
     assert found is not None
     batch = len(engine._rows)
-    assert found == StepTimes(batch, 3, batch, 10.0 * batch, 40.0 * batch)
+    assert found == StepTimes(batch, 3, pytest.approx(4 / 3 * batch), 10.0 * batch, 40.0 * batch)
 
 
 def test_each_size_of_batch_is_measured_once_and_again_when_it_is_old() -> None:
