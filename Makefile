@@ -14,8 +14,13 @@ VLLM_TESTS ?= tests/integration/vllm
 demo: $(STAMP)
 	$(BIN)/adaptd demo --json adaptd-demo/demo.json
 
+# What starts daemons and waits for them has the machine for itself; the rest shares it out, one thread each.
+APART := tests/integration tests/browser
+QUICK := not slow and not gpu and not vllm
+
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow and not gpu and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "$(QUICK)" -n auto --maxprocesses 8 --dist loadfile tests $(APART:%=--ignore=%)
+	$(BIN)/pytest -m "$(QUICK)" $(APART)
 
 test-all: $(STAMP)
 	$(BIN)/pytest -m "not vllm"

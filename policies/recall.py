@@ -136,6 +136,15 @@ class Recall:
         """Contexts known now."""
         return int((self._written >= 0).sum())
 
+    @property
+    def looked_at(self) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...], int]:
+        """What a `look` reads: its tensors, which are written in place, orders, echoes, and classes of a domain.
+
+        The tensors: keys and counts [sets, ways], ids and probs [sets, ways, width], best weight of each class, the weights.
+        """
+        tensors = self._key, self._count, self._ids, self._probs, self._best, self._grid
+        return tensors, self.orders, self.echo, self._classes
+
     def slot(self, domain: str) -> int:
         """Number of a domain's weights: the same for the same name; 0 once there are too many."""
         if domain not in self._slots and len(self._slots) < _DOMAINS:
@@ -223,16 +232,17 @@ class Recall:
           token_ids: int64 [N], emitted.
           reached: bool [N]; positions that were not are not read.
         """
-        theirs = recalled.at(token_ids)
-        mixed = q
-        for s in range(self.sources):
-            scores = ((1 - self._grid) * mixed[:, None] + self._grid * theirs[:, s : s + 1]) / p[:, None]
-            kind = torch.where(reached, recalled.kinds[:, s], self._classes - 1)
-            seen = torch.zeros_like(self._gains[:, 0]).index_add_(0, kind, torch.ones_like(p))
-            self._gains *= _DECAY ** seen[:, None]
-            self._gains.index_add_(0, kind, scores.clamp_max(1.0).nan_to_num(0.0))
-            weight = recalled.weights[:, s]
-            mixed = (1 - weight) * mixed + weight * theirs[:, s]
+        theirs, mixed = recalled.at(token_ids), q
+        before = []
+        for weight, theirs_at in zip(recalled.weights.unbind(1), theirs.unbind(1), strict=True):
+            before.append(mixed)
+            mixed = (1 - weight) * mixed + weight * theirs_at
+        scores = torch.lerp(torch.stack(before, 1)[..., None], theirs[..., None], self._grid) / p[:, None, None]
+        kind = torch.where(reached[:, None], recalled.kinds, self._classes - 1).flatten()
+        # A kind is one source's, so all sources at once are what one after the other would be.
+        seen = torch.zeros_like(self._gains[:, 0]).index_add_(0, kind, torch.ones_like(scores[..., 0]).flatten())
+        self._gains *= _DECAY ** seen[:, None]
+        self._gains.index_add_(0, kind, scores.clamp_max(1.0).nan_to_num(0.0).flatten(0, 1))
         self._choose()
 
     def _choose(self) -> None:

@@ -172,7 +172,7 @@ def _prompts(pair: Pair, longest: int) -> dict[tuple[int, ...], str]:
         texts = pocket_prompts(domain)
         rendered = (tuple(render_chat(pair.tokenizer, [{"role": "user", "content": text}])) for text in texts)
         by_domain.append([(ids, domain) for ids in rendered if len(ids) <= longest])
-    mixed = dict(pair for group in zip(*by_domain, strict=False) for pair in group)
+    mixed = dict(prompt for group in zip(*by_domain, strict=False) for prompt in group)
     if not mixed:
         raise AdaptdError("no prompts leave room for the answer: raise engine.max_length, or lower --tokens")
     return mixed

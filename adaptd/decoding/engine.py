@@ -121,8 +121,11 @@ class SpeculativeDecoder:
         self.vocab_size = self._target.vocab_size
         shared = min(self._target.vocab_size, self._draft.vocab_size)
         self.device = self._target.device
-        self._packer = RoundPacker(k, shared, capture, compiled=compiled and self.device.type == "cpu")
-        self._recall = None if recall is None else RecallRound(recall, capacity, self.device)
+        on_cpu = compiled and self.device.type == "cpu"
+        self._packer = RoundPacker(k, shared, capture, compiled=on_cpu)
+        # What is captured has to be operations that a capture sees.
+        looks = on_cpu and capture_passes is None
+        self._recall = None if recall is None else RecallRound(recall, capacity, self.device, compiled=looks)
         self._drafter = Drafter(self._draft, self.vocab_size, self._recall)
         self._offsets = torch.arange(-2, k, device=self.device)
         self._rows: list[Row] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from adaptd.decoding.row import Row
 from adaptd.decoding.sampling import RowParams, inverse_cdf, warp
+from adaptd.models.compiled import kernels
 from buffers.trace import Trace
 from policies.recall import Recall, Recalled
 from policies.warp import truncate
@@ -42,10 +43,12 @@ class RecallRound:
     Args:
       recall: shared by all rows of the decoder.
       capacity: longest row with its proposals, in tokens.
+      compiled: whether compiled code may look (`adaptd.models.compiled`).
     """
 
-    def __init__(self, recall: Recall, capacity: int, device: torch.device) -> None:
+    def __init__(self, recall: Recall, capacity: int, device: torch.device, *, compiled: bool = False) -> None:
         self.recall = recall
+        self._look = compiled_look(recall) if compiled and kernels() is not None else recall.look
         self._capacity, self._device = capacity, device
         self._history: Tensor
         self._slots: Tensor
@@ -83,7 +86,7 @@ class RecallRound:
         if own is None or params.any_greedy:
             sure = torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
             own = sure if own is None else torch.where(params.greedy[:, None], sure, own)
-        found = self.recall.look(asked.history, at, asked.slots)
+        found = self._look(asked.history, at, asked.slots)
         found = replace(found, weights=found.weights * asked.mixed[:, None])
         mixed = self.recall.mix(own, found)
         tokens = inverse_cdf(mixed, uniforms) if params.any_sampled else mixed.argmax(-1)
@@ -126,6 +129,16 @@ class RecallRound:
         self.recall.learn(
             Recalled(*parts), drafted.flatten(), served.flatten(), tokens[:, :k].flatten(), reached.flatten()
         )
+
+
+def compiled_look(recall: Recall) -> Callable[[Tensor, Tensor, Tensor], Recalled]:
+    """`recall.look` on a CPU as one call of compiled code; needs `kernels`. It is some ninety operations."""
+    tensors, *about = recall.looked_at
+
+    def look(history: Tensor, length: Tensor, slots: Tensor) -> Recalled:
+        return Recalled(*torch.ops.adaptd.recall_look.default(history, length, slots, *tensors, *about))
+
+    return look
 
 
 def observe_trace(recall: Recall, trace: Trace) -> None:

@@ -13,6 +13,7 @@
 
 #include "amx.h"
 #include "attention.h"
+#include "recall.h"
 #include "words.h"
 
 namespace adaptd {
@@ -322,6 +323,33 @@ struct Decoder : torch::CustomClassHolder {
   Tensor cos, sin;
 };
 
+// History [N, L], length and slots [N]; key and count [sets, ways], tokens and probs [sets, ways, M]; best [domains x classes].
+// Returns what `Recalled` has: ids and probs [N, S, M], weights and kinds [N, S].
+std::tuple<Tensor, Tensor, Tensor, Tensor> recall_look(const Tensor& history, const Tensor& length, const Tensor& slots,
+                                                       const Tensor& key, const Tensor& count, const Tensor& tokens,
+                                                       const Tensor& probs, const Tensor& best, const Tensor& grid,
+                                                       at::IntArrayRef orders, at::IntArrayRef echo, int64_t classes) {
+  const int64_t rows = history.size(0), sources = static_cast<int64_t>(orders.size() + echo.size()), width = tokens.size(2);
+  const Tensor text = history.contiguous();
+  const RecallTable table{key.const_data_ptr<int64_t>(),       count.const_data_ptr<float>(), tokens.const_data_ptr<int32_t>(),
+                          probs.const_data_ptr<c10::Half>(), key.size(0),                   key.size(1), width};
+  Tensor ids = at::empty({rows, sources, width}, history.options()), kinds = at::empty({rows, sources}, history.options());
+  Tensor found = at::empty({rows, sources, width}, grid.options()), weights = at::empty({rows, sources}, grid.options());
+  int64_t* kind = kinds.mutable_data_ptr<int64_t>();
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = length.const_data_ptr<int64_t>()[r * length.stride(0)];
+    const int64_t slot = slots.const_data_ptr<int64_t>()[r * slots.stride(0)] * classes;
+    recall_row(table, text.const_data_ptr<int64_t>() + r * text.size(1), text.size(1), at, orders, echo, classes - 1,
+               ids.mutable_data_ptr<int64_t>() + r * sources * width, found.mutable_data_ptr<float>() + r * sources * width,
+               kind + r * sources);
+    for (int64_t s = r * sources; s < (r + 1) * sources; ++s) {
+      kind[s] += slot;
+      weights.mutable_data_ptr<float>()[s] = grid.const_data_ptr<float>()[best.const_data_ptr<int64_t>()[kind[s]]];
+    }
+  }
+  return {ids, found, weights, kinds};
+}
+
 }  // namespace adaptd
 
 TORCH_LIBRARY(adaptd, m) {
@@ -331,6 +359,10 @@ TORCH_LIBRARY(adaptd, m) {
       "round_words(Tensor tokens, Tensor accepted, Tensor proposals, Tensor target, Tensor? draft, Tensor? p, Tensor greedy, "
       "Tensor? offsets, int k_top, int k_tail, int k_draft, bool everywhere) -> Tensor",
       round_words);
+  m.def(
+      "recall_look(Tensor history, Tensor length, Tensor slots, Tensor key, Tensor count, Tensor tokens, Tensor probs, Tensor best, "
+      "Tensor grid, int[] orders, int[] echo, int classes) -> (Tensor, Tensor, Tensor, Tensor)",
+      recall_look);
   m.class_<Linear>("Linear").def(torch::init<Tensor, Maybe, bool, Maybe, Maybe, double, double>());
   m.class_<Layer>("Layer").def(torch::init<std::vector<LinearRef>, LinearRef, std::vector<LinearRef>, LinearRef, std::vector<Tensor>,
                                            std::vector<double>, std::vector<int64_t>, double, bool>());
