@@ -30,7 +30,8 @@ _LEAST = 1 << 16
 #: Bytes of weights on which layouts are timed: more than a processor's own caches hold, or all would look alike. A model
 #: that has fewer is packed for oneDNN.
 _TIMED_BYTES = 1 << 26
-#: The stored layout is taken where it needs no more than this share of the other's time: a difference that noise does not make.
+#: The time of the better layout, as a share of the other's, above which the difference may be noise. Then oneDNN's is taken; but
+#: where the stored one has a compiled product, the stored one: a row's sum there does not depend on the rows beside it.
 _SURELY = 0.9
 
 #: How weights lie: as oneDNN reads them, or as they are stored.
@@ -186,7 +187,8 @@ def fastest_layout(groups: Sequence[Sequence[nn.Linear]], rows: int, kernel: Pro
     for _ in range(4):  # in turns, so that what else runs here slows both; the first ones pay for what is set up once
         stored_s.append(seconds(kernel, weights))
         packed_s.append(seconds(_packed_product, packed))
-    return "stored" if min(stored_s[1:]) < _SURELY * min(packed_s[1:]) else "onednn"
+    share = _SURELY if kernel is linear else 1.0 / _SURELY
+    return "stored" if min(stored_s[1:]) < share * min(packed_s[1:]) else "onednn"
 
 
 def _reordered(weight: Tensor, rows: int) -> Tensor:

@@ -52,9 +52,12 @@ def test_greedy_output_of_a_packed_target_is_transformers_own() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("stored_s", "packed_s", "expected"), [(1.0, 2.0, "stored"), (1.0, 1.05, "onednn")])
+@pytest.mark.parametrize(
+    ("stored_s", "packed_s", "expected", "compiled"),
+    [(1.0, 2.0, "stored", "stored"), (1.0, 1.05, "onednn", "stored"), (1.2, 1.0, "onednn", "onednn")],
+)
 def test_of_a_large_model_the_faster_layout_is_taken_and_a_small_one_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, stored_s: float, packed_s: float, expected: Layout
+    monkeypatch: pytest.MonkeyPatch, stored_s: float, packed_s: float, expected: Layout, compiled: Layout
 ) -> None:
     """On a clock that the products move."""
     clock = [0.0]
@@ -79,6 +82,8 @@ def test_of_a_large_model_the_faster_layout_is_taken_and_a_small_one_is_not_time
     groups = [[layer] for layer in layers]
     assert fastest_layout(groups, 5, stored) == expected
     assert clock[0] == pytest.approx(4 * 2 * (stored_s + packed_s)), "two of three layers, four times each"
+    other = costing(stored_s, torch.nn.functional.linear)
+    assert fastest_layout(groups, 5, other) == compiled, "where both take as long, a row's sum is its own"
     assert pack_linears(model, rows=5, compiled=False) == 3
     for layer, replaced in zip(layers, model, strict=True):
         assert isinstance(replaced, PackedLinear)
