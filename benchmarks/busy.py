@@ -224,13 +224,11 @@ def summarise(units: Sequence[Unit]) -> dict[str, Any]:
         "idle": {"tokens_per_s": statistics.median(x.rate for a, _, c in units for x in (a, c)), **percentiles(idle)},
         "busy": {"tokens_per_s": statistics.median(b.rate for _, b, _ in units), **percentiles(busy)},
         "ratio": {
-            key: dict(
-                zip(
-                    ("ratio", "low", "high"),
-                    (value, *np.quantile([d[key] for d in drawn], [0.025, 0.975]).tolist()),
-                    strict=True,
-                )
-            )
+            key: {
+                "ratio": value,
+                "low": float(np.quantile([d[key] for d in drawn], 0.025)),
+                "high": float(np.quantile([d[key] for d in drawn], 0.975)),
+            }
             for key, value in cost(units).items()
         },
         "steps_per_s": sum(b.steps for _, b, _ in units) / seconds,

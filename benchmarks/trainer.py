@@ -1,6 +1,6 @@
 """Answer tokens trained on a second: adaptd's learner beside TRL's GKDTrainer, on the same pair, traces and parameters.
 
-    pip install trl==1.16.0        not a dependency of adaptd, and wanted by this script alone
+    pip install trl==1.16.0 'datasets<5'        not a dependency of adaptd, and wanted by this script alone
     python benchmarks/trainer.py --rounds 5
     python benchmarks/trainer.py --lmbda 0.5 0 1 --set adapt.scope=full
 
